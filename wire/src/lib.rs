@@ -1,0 +1,7 @@
+//! The protocol.
+mod layout;
+mod machine;
+mod page;
+pub use layout::*;
+pub use machine::*;
+pub use page::*;
