@@ -126,14 +126,21 @@ impl Layout {
                     .0
                     .checked_add(region.pages * PAGE_SIZE as u64)
                     .filter(|_| gpa.0 % region.backing.bytes() == 0)
-                    .ok_or_else(|| LayoutError::BadAddress { name: region.name.clone(), gpa })?;
+                    .ok_or_else(|| LayoutError::BadAddress {
+                        name: region.name.clone(),
+                        gpa,
+                    })?;
                 if gpa.0 < gpa_end {
                     return Err(LayoutError::OutOfOrder(region.name.clone()));
                 }
                 gpa_end = end;
             }
         }
-        Ok(Self { regions, starts, pages })
+        Ok(Self {
+            regions,
+            starts,
+            pages,
+        })
     }
 
     /// One region of `pages` small pages from guest-physical address 0, for memory that is no machine's.
@@ -187,7 +194,11 @@ impl Layout {
     /// Whether all of `range` is in the image (an empty range is not).
     pub fn contains(&self, range: PageRange) -> bool {
         range.count != 0
-            && range.first.0.checked_add(range.count).is_some_and(|end| end <= self.pages)
+            && range
+                .first
+                .0
+                .checked_add(range.count)
+                .is_some_and(|end| end <= self.pages)
     }
 
     /// The page's guest-physical address, where the hypervisor told any.
@@ -198,10 +209,13 @@ impl Layout {
 
     /// The page that holds a guest-physical address; `None` in a hole.
     pub fn page_of(&self, gpa: Gpa) -> Option<PageIndex> {
-        self.regions.iter().zip(&self.starts).find_map(|(region, start)| {
-            let offset = gpa.0.checked_sub(region.gpa?.0)? >> crate::page::PAGE_SHIFT;
-            (offset < region.pages).then_some(PageIndex(start + offset))
-        })
+        self.regions
+            .iter()
+            .zip(&self.starts)
+            .find_map(|(region, start)| {
+                let offset = gpa.0.checked_sub(region.gpa?.0)? >> crate::page::PAGE_SHIFT;
+                (offset < region.pages).then_some(PageIndex(start + offset))
+            })
     }
 
     /// The unit in which `page` is asked for and installed: itself, or the huge page it is part of.

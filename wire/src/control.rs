@@ -1,0 +1,223 @@
+//! Control messages: postcard behind a length, on the first stream of a connection.
+//!
+//! ```text
+//! length: u32, little-endian | postcard(message), length bytes
+//! ```
+//!
+//! The order of the messages, and what each side is in between, is in `docs/protocol.md`.
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::layout::Layout;
+use crate::ledger::{Version, VersionRange};
+use crate::machine::{COMPATIBILITY_MAX, MachineOffer, STATE_MAX};
+use crate::map::{PAGE_MAP_BYTES_MAX, page_map_bytes_max};
+use crate::ticket::{Secret, SessionId};
+
+/// Largest message from a peer that has not shown a ticket yet, in bytes.
+pub const HELLO_MAX: usize = 512;
+
+/// Largest message of any other kind but [`ToDestination::Switchover`], in bytes.
+pub const CONTROL_MAX: usize = COMPATIBILITY_MAX + 64 * 1024;
+
+/// Largest [`ToDestination::Switchover`] of any image, in bytes.
+pub const SWITCHOVER_MAX: usize = STATE_MAX + PAGE_MAP_BYTES_MAX + 4096;
+
+/// Largest [`ToDestination::Switchover`] of an image of `pages` pages, in bytes.
+pub fn switchover_max(pages: u64) -> usize {
+    STATE_MAX + page_map_bytes_max(pages) + 4096
+}
+
+/// Longest text in a message, in bytes; longer ones are cut by who writes them.
+pub const TEXT_MAX: usize = 1024;
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Lane {
+    /// Control messages and demand faults.
+    Fault,
+    /// The background push.
+    Bulk,
+}
+
+/// The first message of every connection. Its bytes are the same in all versions.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Hello {
+    /// What the destination speaks.
+    pub versions: VersionRange,
+    /// The session that the ticket names.
+    pub session: SessionId,
+    /// The ticket's secret.
+    pub secret: Secret,
+    /// What the connection is for.
+    pub lane: Lane,
+    /// Whether the destination compares the digest of every page.
+    pub verify: bool,
+}
+
+/// From destination to source.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum ToSource {
+    /// Memory is registered, the machine is made, the bulk lane is open: pause and hand over.
+    Ready,
+    /// The machine can't be taken: before the switchover its offer, after it its state.
+    Refused {
+        /// Why, in the destination's words.
+        reason: String,
+    },
+    /// The vCPUs run here.
+    Started,
+    /// How far the destination is. Sent a few times a second.
+    Progress {
+        /// Pages that are here, zero pages among them.
+        pages_here: u64,
+    },
+    /// All pages are here; the source may let go.
+    Complete {
+        /// Whether every digest was the source's; `None` when not asked.
+        verified: Option<bool>,
+    },
+}
+
+/// The answer to a hello that is accepted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// The version that both speak from here on.
+    pub version: Version,
+    /// The machine's memory.
+    pub layout: Layout,
+    /// The machine.
+    pub offer: MachineOffer,
+    /// How the machine moves, in the command line's words (`postcopy`).
+    pub mode: String,
+}
+
+/// State and page map: after this the machine is the destination's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Switchover {
+    /// The machine's state, in its monitor's own format.
+    pub state: Vec<u8>,
+    /// The pages that hold data, as [`crate::PageMap::encode`] writes them; all others are zero.
+    pub page_map: Vec<u8>,
+}
+
+/// Why a source lets nobody in. What it tells depends on what the peer has proved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Rejection {
+    /// No session and secret of this kind: one answer for both, so that nothing is learnt.
+    #[error("the source does not know this ticket (wrong session or wrong secret)")]
+    WrongSecret,
+    /// The right secret, too late.
+    #[error("the ticket has expired; start lazyvm serve again for a new one")]
+    Expired,
+    /// The right secret, from another destination than the first.
+    #[error("the ticket has been used by another destination; each ticket serves one")]
+    Used,
+    /// No version in common.
+    #[error("the source speaks protocol versions {} to {}, this lazyvm does not; use matching releases", .0.min.0, .0.max.0)]
+    Version(VersionRange),
+    /// A message that does not belong here, or limits exceeded.
+    #[error("the source saw a breach of protocol: {0}")]
+    Protocol(String),
+    /// The machine could not be paused or read. It runs on at the source.
+    #[error("the source can't hand the machine over: {0}")]
+    Machine(String),
+}
+
+/// From source to destination.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToDestination {
+    /// The hello is accepted; on the fault lane with all about the machine.
+    Welcome(Box<Welcome>),
+    /// The hello on the bulk lane is accepted.
+    Joined,
+    /// Refused, or given up. The machine runs at the source.
+    Rejected(Rejection),
+    /// The machine is the destination's.
+    Switchover(Box<Switchover>),
+    /// The answer to [`ToSource::Started`].
+    Running {
+        /// From the pause until the source heard of the start, less half a round trip: no vCPU ran anywhere.
+        downtime_us: u64,
+    },
+    /// The answer to [`ToSource::Complete`] and the last message: the source has let go.
+    Released,
+}
+
+/// A breach of the control stream's form. Nothing after it can be trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// Longer than what may come now.
+    #[error("a control message of {length} bytes, more than the {limit} allowed here")]
+    TooLong {
+        /// What its header says, in bytes.
+        length: u64,
+        /// What is allowed, in bytes.
+        limit: usize,
+    },
+    /// Not a message of the kind that may come now.
+    #[error("a control message that cannot be read")]
+    Malformed,
+}
+
+/// A message with its length ahead of it.
+///
+/// # Errors
+/// [`ControlError::TooLong`] past [`SWITCHOVER_MAX`].
+pub fn encode<M: Serialize>(message: &M) -> Result<Vec<u8>, ControlError> {
+    let bytes = postcard::to_extend(message, vec![0; 4]).map_err(|_| ControlError::Malformed)?;
+    let length = bytes.len() - 4;
+    if length > SWITCHOVER_MAX {
+        return Err(ControlError::TooLong {
+            length: length as u64,
+            limit: SWITCHOVER_MAX,
+        });
+    }
+    let mut bytes = bytes;
+    bytes[..4].copy_from_slice(&(length as u32).to_le_bytes());
+    Ok(bytes)
+}
+
+/// Takes a control stream's bytes as they come and gives its messages.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    buffer: Vec<u8>,
+}
+
+impl Decoder {
+    /// Takes bytes. Holds no more than it was given.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next message, or `None` until more bytes are there.
+    ///
+    /// # Errors
+    /// [`ControlError`]; as soon as the header shows more than `limit`, however little of the message is there.
+    pub fn next<M: DeserializeOwned>(&mut self, limit: usize) -> Result<Option<M>, ControlError> {
+        let Some((header, rest)) = self.buffer.split_first_chunk::<4>() else {
+            return Ok(None);
+        };
+        let length = u32::from_le_bytes(*header) as usize;
+        if length > limit {
+            return Err(ControlError::TooLong {
+                length: length as u64,
+                limit,
+            });
+        }
+        let Some(body) = rest.get(..length) else {
+            return Ok(None);
+        };
+        let message = match postcard::take_from_bytes(body) {
+            Ok((message, [])) => message,
+            _ => return Err(ControlError::Malformed),
+        };
+        self.buffer.drain(..4 + length);
+        Ok(Some(message))
+    }
+}
+
+/// `text`, cut to what a message may carry.
+pub fn short_text(text: &str) -> String {
+    text[..text.floor_char_boundary(TEXT_MAX)].to_owned()
+}

@@ -1,0 +1,221 @@
+//! Page frames: fixed little-endian headers, then pages.
+//!
+//! A demand fault is a [`FaultRequest`] on a stream of the fault lane that has no other request under way; the
+//! answer on the same stream is one frame. On the bulk lane, each stream from the source is a row of frames, complete
+//! in itself: streams may arrive in any order.
+//!
+//! ```text
+//! request  0  first page  u64
+//!          8  pages       u32
+//!         12  reserved    u32, zero
+//!
+//! frame    0  first page  u64
+//!          8  pages       u32
+//!         12  payload     u32, bytes that follow the header
+//!         16  kind        u8: 0 zero, 1 raw, 2 digests, 3 digest of zeros, 4 unreadable
+//!         17  reserved    seven bytes, zero
+//! ```
+
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::page::{PAGE_SIZE, PageIndex, PageRange};
+
+/// Most pages with data in a frame: one huge page of 2 MiB.
+pub const FRAME_PAGES_MAX: u64 = 512;
+
+/// Largest payload of a frame, in bytes.
+pub const FRAME_PAYLOAD_MAX: usize = FRAME_PAGES_MAX as usize * PAGE_SIZE;
+
+/// Bytes of a frame's header.
+pub const FRAME_HEADER_LEN: usize = size_of::<RawFrame>();
+
+/// Bytes of a request.
+pub const REQUEST_LEN: usize = size_of::<RawRequest>();
+
+const _: () = assert!(FRAME_HEADER_LEN == 24 && REQUEST_LEN == 16);
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawRequest {
+    first: U64,
+    count: U32,
+    reserved: U32,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawFrame {
+    first: U64,
+    count: U32,
+    payload: U32,
+    kind: u8,
+    reserved: [u8; 7],
+}
+
+/// What a frame says of its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrameKind {
+    /// All zero; no payload.
+    Zero,
+    /// The payload is their bytes.
+    Raw,
+    /// The payload is a digest (u64, little-endian) of each as it was at the pause.
+    Digests,
+    /// All were zero at the pause; no payload.
+    ZeroDigests,
+    /// The source can't read them. They must not be made up; no payload.
+    Unreadable,
+}
+
+/// A frame's header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// The pages.
+    pub range: PageRange,
+    /// What it says of them.
+    pub kind: FrameKind,
+}
+
+/// A request or a header that breaks the form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// No page, more than a frame may have, or past the image.
+    #[error(
+        "a frame of {count} pages from page {first}, which an image of {image} pages does not allow"
+    )]
+    Range {
+        /// First page.
+        first: u64,
+        /// Pages.
+        count: u32,
+        /// Pages of the image.
+        image: u64,
+    },
+    /// A payload of another length than kind and pages give.
+    #[error("a frame with {found} bytes of payload where its kind has {expected}")]
+    Payload {
+        /// What the header says, in bytes.
+        found: u32,
+        /// What it must be, in bytes.
+        expected: u64,
+    },
+    /// An unknown kind, or a reserved field that is not zero.
+    #[error("a frame of an unknown kind {0}")]
+    Kind(u8),
+}
+
+/// A demand for pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultRequest(pub PageRange);
+
+impl FaultRequest {
+    /// Its bytes.
+    pub fn encode(self) -> [u8; REQUEST_LEN] {
+        zerocopy::transmute!(RawRequest {
+            first: U64::new(self.0.first.0),
+            count: U32::new(self.0.count as u32),
+            reserved: U32::ZERO,
+        })
+    }
+
+    /// Reads one, for an image of `image_pages`.
+    ///
+    /// # Errors
+    /// [`FrameError`].
+    pub fn decode(bytes: &[u8; REQUEST_LEN], image_pages: u64) -> Result<Self, FrameError> {
+        let raw: RawRequest = zerocopy::transmute!(*bytes);
+        if raw.reserved.get() != 0 {
+            return Err(FrameError::Kind(0));
+        }
+        check_range(
+            raw.first.get(),
+            raw.count.get(),
+            FRAME_PAGES_MAX,
+            image_pages,
+        )
+        .map(Self)
+    }
+}
+
+impl FrameHeader {
+    /// A header; the pages' count is at most [`FRAME_PAGES_MAX`] for all kinds with a payload.
+    pub fn new(range: PageRange, kind: FrameKind) -> Self {
+        Self { range, kind }
+    }
+
+    /// Bytes of payload that follow.
+    pub fn payload_len(self) -> usize {
+        match self.kind {
+            FrameKind::Raw => self.range.bytes() as usize,
+            FrameKind::Digests => self.range.count as usize * size_of::<u64>(),
+            FrameKind::Zero | FrameKind::ZeroDigests | FrameKind::Unreadable => 0,
+        }
+    }
+
+    /// Its bytes.
+    pub fn encode(self) -> [u8; FRAME_HEADER_LEN] {
+        zerocopy::transmute!(RawFrame {
+            first: U64::new(self.range.first.0),
+            count: U32::new(self.range.count as u32),
+            payload: U32::new(self.payload_len() as u32),
+            kind: match self.kind {
+                FrameKind::Zero => 0,
+                FrameKind::Raw => 1,
+                FrameKind::Digests => 2,
+                FrameKind::ZeroDigests => 3,
+                FrameKind::Unreadable => 4,
+            },
+            reserved: [0; 7],
+        })
+    }
+
+    /// Reads one, for an image of `image_pages`.
+    ///
+    /// # Errors
+    /// [`FrameError`]; a header that is accepted asks for [`FRAME_PAYLOAD_MAX`] bytes at most.
+    pub fn decode(bytes: &[u8; FRAME_HEADER_LEN], image_pages: u64) -> Result<Self, FrameError> {
+        let raw: RawFrame = zerocopy::transmute!(*bytes);
+        let (kind, count_max) = match raw.kind {
+            0 => (FrameKind::Zero, u64::from(u32::MAX)),
+            1 => (FrameKind::Raw, FRAME_PAGES_MAX),
+            2 => (FrameKind::Digests, FRAME_PAGES_MAX),
+            3 => (FrameKind::ZeroDigests, u64::from(u32::MAX)),
+            4 => (FrameKind::Unreadable, FRAME_PAGES_MAX),
+            unknown => return Err(FrameError::Kind(unknown)),
+        };
+        if raw.reserved != [0; 7] {
+            return Err(FrameError::Kind(raw.kind));
+        }
+        let range = check_range(raw.first.get(), raw.count.get(), count_max, image_pages)?;
+        let header = Self { range, kind };
+        let expected = header.payload_len() as u64;
+        if u64::from(raw.payload.get()) != expected {
+            return Err(FrameError::Payload {
+                found: raw.payload.get(),
+                expected,
+            });
+        }
+        Ok(header)
+    }
+}
+
+fn check_range(
+    first: u64,
+    count: u32,
+    count_max: u64,
+    image_pages: u64,
+) -> Result<PageRange, FrameError> {
+    let pages = u64::from(count);
+    let fits = first
+        .checked_add(pages)
+        .is_some_and(|end| end <= image_pages);
+    if pages == 0 || pages > count_max || !fits {
+        return Err(FrameError::Range {
+            first,
+            count,
+            image: image_pages,
+        });
+    }
+    Ok(PageRange::new(PageIndex(first), pages))
+}

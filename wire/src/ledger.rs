@@ -1,0 +1,53 @@
+//! The version ledger: what each version of the protocol has.
+//!
+//! A change of any message's or frame's bytes is a new version with an entry here; the golden bytes in
+//! `wire/tests` fail until it is made. The hello's own bytes never change, so that any two versions can at least
+//! tell each other that they don't match.
+
+use serde::{Deserialize, Serialize};
+
+/// The application protocol of the QUIC handshake (RFC 7301). Counts generations of the hello, not versions.
+pub const ALPN: &[u8] = b"lazyvm/1";
+
+/// A version of the protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Version(pub u16);
+
+/// One line of the ledger.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// The version.
+    pub version: Version,
+    /// What it brought.
+    pub changes: &'static str,
+}
+
+/// All versions, oldest first. Both ends speak every one in [`SUPPORTED`].
+pub const LEDGER: &[Entry] = &[Entry {
+    version: Version(1),
+    changes: "post-copy: hello, welcome, switchover with page map, demand faults on streams of their own, \
+              push of zero and raw extents, digests, progress, completion",
+}];
+
+/// Versions that a side speaks, from `min` to `max`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionRange {
+    /// The oldest.
+    pub min: Version,
+    /// The newest.
+    pub max: Version,
+}
+
+/// What this build speaks.
+pub const SUPPORTED: VersionRange = VersionRange {
+    min: Version(1),
+    max: Version(1),
+};
+
+impl VersionRange {
+    /// The newest version that both speak.
+    pub fn newest_common(self, other: Self) -> Option<Version> {
+        let max = self.max.min(other.max);
+        (max >= self.min.max(other.min)).then_some(max)
+    }
+}
