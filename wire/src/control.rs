@@ -6,13 +6,19 @@
 //!
 //! The order of the messages, and what each side is in between, is in `docs/protocol.md`.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::bounded;
 use crate::layout::Layout;
 use crate::ledger::{Version, VersionRange};
 use crate::machine::{COMPATIBILITY_MAX, MachineOffer, STATE_MAX};
 use crate::map::{PAGE_MAP_BYTES_MAX, page_map_bytes_max};
+use crate::text;
 use crate::ticket::{Secret, SessionId};
+
+pub use crate::text::TEXT_MAX;
 
 /// Largest message from a peer that has not shown a ticket yet, in bytes.
 pub const HELLO_MAX: usize = 512;
@@ -27,9 +33,6 @@ pub const SWITCHOVER_MAX: usize = STATE_MAX + PAGE_MAP_BYTES_MAX + 4096;
 pub fn switchover_max(pages: u64) -> usize {
     STATE_MAX + page_map_bytes_max(pages) + 4096
 }
-
-/// Longest text in a message, in bytes; longer ones are cut by who writes them.
-pub const TEXT_MAX: usize = 1024;
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,13 +59,14 @@ pub struct Hello {
 }
 
 /// From destination to source.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToSource {
     /// Memory is registered, the machine is made, the bulk lane is open: pause and hand over.
     Ready,
     /// The machine can't be taken: before the switchover its offer, after it its state.
     Refused {
         /// Why, in the destination's words.
+        #[serde(with = "text")]
         reason: String,
     },
     /// The vCPUs run here.
@@ -89,19 +93,39 @@ pub struct Welcome {
     /// The machine.
     pub offer: MachineOffer,
     /// How the machine moves, in the command line's words (`postcopy`).
+    #[serde(with = "text")]
     pub mode: String,
 }
 
 /// State and page map: after this the machine is the destination's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Switchover {
-    /// The machine's state, in its monitor's own format.
+    /// The machine's state, in its monitor's own format; [`STATE_MAX`] bytes at most.
+    #[serde(
+        serialize_with = "bounded::serialize_bytes",
+        deserialize_with = "bounded::bytes::<_, STATE_MAX>"
+    )]
     pub state: Vec<u8>,
     /// The pages that hold data, as [`crate::PageMap::encode`] writes them; all others are zero.
+    #[serde(
+        serialize_with = "bounded::serialize_bytes",
+        deserialize_with = "bounded::bytes::<_, PAGE_MAP_BYTES_MAX>"
+    )]
     pub page_map: Vec<u8>,
 }
 
-/// Why a source lets nobody in. What it tells depends on what the peer has proved.
+/// Without the state, which holds the guest's registers and with them its secrets.
+impl fmt::Debug for Switchover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Switchover")
+            .field("state_len", &self.state.len())
+            .field("page_map_len", &self.page_map.len())
+            .finish()
+    }
+}
+
+/// Why a source lets nobody in. What it tells depends on what the peer has proved. Its bytes are the same in all
+/// versions.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Rejection {
     /// No session and secret of this kind: one answer for both, so that nothing is learnt.
@@ -118,10 +142,10 @@ pub enum Rejection {
     Version(VersionRange),
     /// A message that does not belong here, or limits exceeded.
     #[error("the source saw a breach of protocol: {0}")]
-    Protocol(String),
+    Protocol(#[serde(with = "text")] String),
     /// The machine could not be paused or read. It runs on at the source.
     #[error("the source can't hand the machine over: {0}")]
-    Machine(String),
+    Machine(#[serde(with = "text")] String),
 }
 
 /// From source to destination.
@@ -165,37 +189,81 @@ pub enum ControlError {
 /// # Errors
 /// [`ControlError::TooLong`] past [`SWITCHOVER_MAX`].
 pub fn encode<M: Serialize>(message: &M) -> Result<Vec<u8>, ControlError> {
-    let bytes = postcard::to_extend(message, vec![0; 4]).map_err(|_| ControlError::Malformed)?;
-    let length = bytes.len() - 4;
+    let mut bytes =
+        postcard::to_extend(message, vec![0; HEADER_LEN]).map_err(|_| ControlError::Malformed)?;
+    let length = bytes.len() - HEADER_LEN;
     if length > SWITCHOVER_MAX {
         return Err(ControlError::TooLong {
             length: length as u64,
             limit: SWITCHOVER_MAX,
         });
     }
-    let mut bytes = bytes;
-    bytes[..4].copy_from_slice(&(length as u32).to_le_bytes());
+    bytes[..HEADER_LEN].copy_from_slice(&(length as u32).to_le_bytes());
     Ok(bytes)
 }
 
+const HEADER_LEN: usize = 4;
+
+const _: () = assert!(SWITCHOVER_MAX <= u32::MAX as usize);
+
+/// Memory that a [`Decoder`] keeps between messages, in bytes.
+const BUFFER_KEPT: usize = 64 * 1024;
+
 /// Takes a control stream's bytes as they come and gives its messages.
-#[derive(Debug, Default)]
+///
+/// It holds what it was given and no message has used up. A caller that asks for all messages after each
+/// [`push`](Self::push) thereby holds less than the limit and one push.
+///
+/// ```
+/// use lazyvm_wire::control::{CONTROL_MAX, Decoder, ToSource, encode};
+///
+/// let mut stream = encode(&ToSource::Ready)?;
+/// stream.extend(encode(&ToSource::Progress { pages_here: 7 })?);
+///
+/// let mut decoder = Decoder::default();
+/// let mut messages = Vec::new();
+/// for part in stream.chunks(3) {
+///     decoder.push(part);
+///     while let Some(message) = decoder.next::<ToSource>(CONTROL_MAX)? {
+///         messages.push(message);
+///     }
+/// }
+/// assert_eq!(messages, [ToSource::Ready, ToSource::Progress { pages_here: 7 }]);
+/// # Ok::<(), lazyvm_wire::control::ControlError>(())
+/// ```
+#[derive(Default)]
 pub struct Decoder {
     buffer: Vec<u8>,
+    /// Bytes of the buffer that messages have used up. They go when all have, or at the next push, so that many small
+    /// messages in one push don't each move all that follow.
+    used: usize,
+}
+
+/// Without the bytes: among them may be a hello's secret, or a machine's state.
+impl fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Decoder")
+            .field("bytes_held", &(self.buffer.len() - self.used))
+            .finish()
+    }
 }
 
 impl Decoder {
-    /// Takes bytes. Holds no more than it was given.
+    /// Takes bytes.
     pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.drain(..self.used);
+        self.used = 0;
         self.buffer.extend_from_slice(bytes);
     }
 
     /// The next message, or `None` until more bytes are there.
     ///
     /// # Errors
-    /// [`ControlError`]; as soon as the header shows more than `limit`, however little of the message is there.
+    /// [`ControlError`]; as soon as the header shows more than `limit`, however little of the message is there. After
+    /// an error the stream's form is lost, and each further call gives it again.
     pub fn next<M: DeserializeOwned>(&mut self, limit: usize) -> Result<Option<M>, ControlError> {
-        let Some((header, rest)) = self.buffer.split_first_chunk::<4>() else {
+        let Some((header, rest)) = self.buffer[self.used..].split_first_chunk::<HEADER_LEN>()
+        else {
             return Ok(None);
         };
         let length = u32::from_le_bytes(*header) as usize;
@@ -212,12 +280,18 @@ impl Decoder {
             Ok((message, [])) => message,
             _ => return Err(ControlError::Malformed),
         };
-        self.buffer.drain(..4 + length);
+        self.used += HEADER_LEN + length;
+        if self.used == self.buffer.len() {
+            self.used = 0;
+            self.buffer.clear();
+            // A switchover comes once, and shall not hold its memory for as long as the pages take.
+            self.buffer.shrink_to(BUFFER_KEPT);
+        }
         Ok(Some(message))
     }
 }
 
-/// `text`, cut to what a message may carry.
+/// `text`, cut to what a message may carry ([`TEXT_MAX`]).
 pub fn short_text(text: &str) -> String {
-    text[..text.floor_char_boundary(TEXT_MAX)].to_owned()
+    text::cut(text).to_owned()
 }

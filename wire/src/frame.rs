@@ -6,11 +6,11 @@
 //!
 //! ```text
 //! request  0  first page  u64
-//!          8  pages       u32
+//!          8  pages       u32, 1 to 512
 //!         12  reserved    u32, zero
 //!
 //! frame    0  first page  u64
-//!          8  pages       u32
+//!          8  pages       u32, 1 to 512; zero and digest of zeros to 2^31
 //!         12  payload     u32, bytes that follow the header
 //!         16  kind        u8: 0 zero, 1 raw, 2 digests, 3 digest of zeros, 4 unreadable
 //!         17  reserved    seven bytes, zero
@@ -23,6 +23,9 @@ use crate::page::{PAGE_SIZE, PageIndex, PageRange};
 
 /// Most pages with data in a frame: one huge page of 2 MiB.
 pub const FRAME_PAGES_MAX: u64 = 512;
+
+/// Most pages in a frame of zeros or of their digests: 8 TiB, a whole number of huge pages.
+pub const FRAME_ZERO_PAGES_MAX: u64 = 1 << 31;
 
 /// Largest payload of a frame, in bytes.
 pub const FRAME_PAYLOAD_MAX: usize = FRAME_PAGES_MAX as usize * PAGE_SIZE;
@@ -68,6 +71,37 @@ pub enum FrameKind {
     Unreadable,
 }
 
+impl FrameKind {
+    /// Most pages in a frame of this kind; who sends more makes several frames of them.
+    pub const fn pages_max(self) -> u64 {
+        match self {
+            Self::Zero | Self::ZeroDigests => FRAME_ZERO_PAGES_MAX,
+            Self::Raw | Self::Digests | Self::Unreadable => FRAME_PAGES_MAX,
+        }
+    }
+
+    const fn code(self) -> u8 {
+        match self {
+            Self::Zero => 0,
+            Self::Raw => 1,
+            Self::Digests => 2,
+            Self::ZeroDigests => 3,
+            Self::Unreadable => 4,
+        }
+    }
+
+    fn from_code(code: u8) -> Result<Self, FrameError> {
+        Ok(match code {
+            0 => Self::Zero,
+            1 => Self::Raw,
+            2 => Self::Digests,
+            3 => Self::ZeroDigests,
+            4 => Self::Unreadable,
+            unknown => return Err(FrameError::Kind(unknown)),
+        })
+    }
+}
+
 /// A frame's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameHeader {
@@ -100,21 +134,24 @@ pub enum FrameError {
         /// What it must be, in bytes.
         expected: u64,
     },
-    /// An unknown kind, or a reserved field that is not zero.
+    /// An unknown kind.
     #[error("a frame of an unknown kind {0}")]
     Kind(u8),
+    /// A reserved field that is not zero.
+    #[error("a frame whose reserved bytes are not zero")]
+    Reserved,
 }
 
-/// A demand for pages.
+/// A demand for pages, [`FRAME_PAGES_MAX`] at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FaultRequest(pub PageRange);
 
 impl FaultRequest {
-    /// Its bytes.
+    /// Its bytes. A range that no request may have gives bytes that no peer accepts.
     pub fn encode(self) -> [u8; REQUEST_LEN] {
         zerocopy::transmute!(RawRequest {
             first: U64::new(self.0.first.0),
-            count: U32::new(self.0.count as u32),
+            count: U32::new(saturate(self.0.count)),
             reserved: U32::ZERO,
         })
     }
@@ -126,7 +163,7 @@ impl FaultRequest {
     pub fn decode(bytes: &[u8; REQUEST_LEN], image_pages: u64) -> Result<Self, FrameError> {
         let raw: RawRequest = zerocopy::transmute!(*bytes);
         if raw.reserved.get() != 0 {
-            return Err(FrameError::Kind(0));
+            return Err(FrameError::Reserved);
         }
         check_range(
             raw.first.get(),
@@ -139,7 +176,7 @@ impl FaultRequest {
 }
 
 impl FrameHeader {
-    /// A header; the pages' count is at most [`FRAME_PAGES_MAX`] for all kinds with a payload.
+    /// A header; the pages' count is at most the kind's [`FrameKind::pages_max`].
     pub fn new(range: PageRange, kind: FrameKind) -> Self {
         Self { range, kind }
     }
@@ -148,24 +185,18 @@ impl FrameHeader {
     pub fn payload_len(self) -> usize {
         match self.kind {
             FrameKind::Raw => self.range.bytes() as usize,
-            FrameKind::Digests => self.range.count as usize * size_of::<u64>(),
+            FrameKind::Digests => (self.range.count as usize).saturating_mul(size_of::<u64>()),
             FrameKind::Zero | FrameKind::ZeroDigests | FrameKind::Unreadable => 0,
         }
     }
 
-    /// Its bytes.
+    /// Its bytes. A range that the kind may not have gives bytes that no peer accepts.
     pub fn encode(self) -> [u8; FRAME_HEADER_LEN] {
         zerocopy::transmute!(RawFrame {
             first: U64::new(self.range.first.0),
-            count: U32::new(self.range.count as u32),
-            payload: U32::new(self.payload_len() as u32),
-            kind: match self.kind {
-                FrameKind::Zero => 0,
-                FrameKind::Raw => 1,
-                FrameKind::Digests => 2,
-                FrameKind::ZeroDigests => 3,
-                FrameKind::Unreadable => 4,
-            },
+            count: U32::new(saturate(self.range.count)),
+            payload: U32::new(saturate(self.payload_len() as u64)),
+            kind: self.kind.code(),
             reserved: [0; 7],
         })
     }
@@ -176,18 +207,16 @@ impl FrameHeader {
     /// [`FrameError`]; a header that is accepted asks for [`FRAME_PAYLOAD_MAX`] bytes at most.
     pub fn decode(bytes: &[u8; FRAME_HEADER_LEN], image_pages: u64) -> Result<Self, FrameError> {
         let raw: RawFrame = zerocopy::transmute!(*bytes);
-        let (kind, count_max) = match raw.kind {
-            0 => (FrameKind::Zero, u64::from(u32::MAX)),
-            1 => (FrameKind::Raw, FRAME_PAGES_MAX),
-            2 => (FrameKind::Digests, FRAME_PAGES_MAX),
-            3 => (FrameKind::ZeroDigests, u64::from(u32::MAX)),
-            4 => (FrameKind::Unreadable, FRAME_PAGES_MAX),
-            unknown => return Err(FrameError::Kind(unknown)),
-        };
+        let kind = FrameKind::from_code(raw.kind)?;
         if raw.reserved != [0; 7] {
-            return Err(FrameError::Kind(raw.kind));
+            return Err(FrameError::Reserved);
         }
-        let range = check_range(raw.first.get(), raw.count.get(), count_max, image_pages)?;
+        let range = check_range(
+            raw.first.get(),
+            raw.count.get(),
+            kind.pages_max(),
+            image_pages,
+        )?;
         let header = Self { range, kind };
         let expected = header.payload_len() as u64;
         if u64::from(raw.payload.get()) != expected {
@@ -198,6 +227,11 @@ impl FrameHeader {
         }
         Ok(header)
     }
+}
+
+/// `count` as it is, or a count that is past every limit.
+fn saturate(count: u64) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 fn check_range(

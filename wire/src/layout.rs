@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::page::{Gpa, IMAGE_PAGES_MAX, PAGE_SIZE, PageIndex, PageRange};
+use crate::bounded;
+use crate::page::{Gpa, IMAGE_PAGES_MAX, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange};
+use crate::text::is_printable;
 
 /// Most regions that a layout may have.
 pub const REGIONS_MAX: usize = 256;
@@ -37,7 +39,9 @@ impl Backing {
 /// One run of guest-physical memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Region {
-    /// The hypervisor's name for it (`ram`, `pc.ram`), to be told apart in messages.
+    /// The hypervisor's name for it (`ram`, `pc.ram`), to be told apart in messages: printable, and
+    /// [`REGION_NAME_MAX`] bytes at most.
+    #[serde(deserialize_with = "bounded::string::<_, REGION_NAME_MAX>")]
     pub name: String,
     /// Where it lies; `None` where the hypervisor tells offsets only (Firecracker).
     pub gpa: Option<Gpa>,
@@ -84,14 +88,41 @@ pub enum LayoutError {
 }
 
 /// A checked region table: at least one region, in ascending order, whole backing pages, no overlap.
+///
+/// ```
+/// use lazyvm_wire::{Backing, Gpa, Layout, PageIndex, Region};
+///
+/// // 2 GiB below the hole for devices, and one huge page above 4 GiB.
+/// let region = |name: &str, gpa, pages, backing| Region {
+///     name: name.to_owned(),
+///     gpa: Some(Gpa(gpa)),
+///     pages,
+///     backing,
+/// };
+/// let layout = Layout::new(vec![
+///     region("low", 0, 512 * 1024, Backing::Small),
+///     region("high", 4 << 30, 512, Backing::Huge2M),
+/// ])?;
+///
+/// let page = PageIndex(512 * 1024 + 3);
+/// assert_eq!(layout.gpa(page), Some(Gpa((4 << 30) + 3 * 4096)));
+/// assert_eq!(layout.page_of(Gpa((4 << 30) + 3 * 4096 + 17)), Some(page));
+/// assert_eq!(layout.page_of(Gpa(3 << 30)), None);
+/// assert_eq!(layout.unit_of(page).map(|unit| unit.count), Some(512));
+/// # Ok::<(), lazyvm_wire::LayoutError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "Vec<Region>", into = "Vec<Region>")]
+#[serde(try_from = "RegionTable", into = "RegionTable")]
 pub struct Layout {
     regions: Vec<Region>,
     /// Image page at which each region starts; as long as `regions`.
     starts: Vec<u64>,
     pages: u64,
 }
+
+/// A layout's form on the wire.
+#[derive(Serialize, Deserialize)]
+struct RegionTable(#[serde(deserialize_with = "bounded::vec::<_, _, REGIONS_MAX>")] Vec<Region>);
 
 impl Layout {
     /// Checks `regions` and numbers their pages.
@@ -213,7 +244,7 @@ impl Layout {
             .iter()
             .zip(&self.starts)
             .find_map(|(region, start)| {
-                let offset = gpa.0.checked_sub(region.gpa?.0)? >> crate::page::PAGE_SHIFT;
+                let offset = gpa.0.checked_sub(region.gpa?.0)? >> PAGE_SHIFT;
                 (offset < region.pages).then_some(PageIndex(start + offset))
             })
     }
@@ -227,23 +258,22 @@ impl Layout {
 }
 
 fn check_name(number: usize, region: &Region) -> Result<(), LayoutError> {
-    let printable = region.name.chars().all(|c| !c.is_control());
-    if region.name.len() > REGION_NAME_MAX || !printable {
+    if region.name.len() > REGION_NAME_MAX || !is_printable(&region.name) {
         return Err(LayoutError::BadName(number));
     }
     Ok(())
 }
 
-impl TryFrom<Vec<Region>> for Layout {
+impl TryFrom<RegionTable> for Layout {
     type Error = LayoutError;
 
-    fn try_from(regions: Vec<Region>) -> Result<Self, LayoutError> {
+    fn try_from(RegionTable(regions): RegionTable) -> Result<Self, LayoutError> {
         Self::new(regions)
     }
 }
 
-impl From<Layout> for Vec<Region> {
+impl From<Layout> for RegionTable {
     fn from(layout: Layout) -> Self {
-        layout.regions
+        Self(layout.regions)
     }
 }

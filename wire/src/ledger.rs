@@ -1,8 +1,8 @@
 //! The version ledger: what each version of the protocol has.
 //!
 //! A change of any message's or frame's bytes is a new version with an entry here; the golden bytes in
-//! `wire/tests` fail until it is made. The hello's own bytes never change, so that any two versions can at least
-//! tell each other that they don't match.
+//! `wire/tests` fail until it is made. The bytes of the hello and of [`crate::control::Rejection`] never change, so
+//! that any two versions can at least tell each other that they don't match.
 
 use serde::{Deserialize, Serialize};
 

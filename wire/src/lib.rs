@@ -7,11 +7,13 @@
 //! - [`control`]: the messages of the move itself, [`ledger`] their versions.
 //! - [`frame`]: pages, asked for and pushed; [`PageMap`]: which of them there are.
 //! - [`Layout`], [`PageIndex`], [`PageRange`], [`Gpa`]: how pages are counted.
+//! - [`printable`]: what is done to any text from outside before it is shown.
 //!
 //! `docs/protocol.md` shows the sequence.
 
 #![forbid(unsafe_code)]
 
+mod bounded;
 pub mod control;
 mod digest;
 pub mod frame;
@@ -20,12 +22,14 @@ pub mod ledger;
 mod machine;
 mod map;
 mod page;
+mod text;
 mod ticket;
 pub mod trust;
 
 pub use digest::{is_zero, page_digest, zero_digest};
 pub use layout::{Backing, Layout, LayoutError, REGION_NAME_MAX, REGIONS_MAX, Region};
-pub use machine::{COMPATIBILITY_MAX, MachineOffer, STATE_MAX};
+pub use machine::{COMPATIBILITY_MAX, KIND_MAX, MachineOffer, STATE_MAX};
 pub use map::{PAGE_MAP_BYTES_MAX, PageMap, PageMapError};
 pub use page::{Gpa, IMAGE_PAGES_MAX, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange};
+pub use text::printable;
 pub use ticket::{ADDRESSES_MAX, Secret, SessionId, TICKET_TEXT_MAX, Ticket, TicketError};

@@ -45,8 +45,10 @@ impl PageIndex {
     }
 
     /// Offset of the page's first byte in the image.
+    ///
+    /// Saturates, so that a page number that was not checked gives an offset past every image, not one inside.
     pub const fn byte_offset(self) -> u64 {
-        self.0 << PAGE_SHIFT
+        self.0.saturating_mul(PAGE_SIZE as u64)
     }
 
     /// As an index into an array with an entry a page.
@@ -88,9 +90,9 @@ impl PageRange {
         PageIndex(self.first.0.saturating_add(self.count))
     }
 
-    /// The length in bytes.
+    /// The length in bytes. Saturates, as [`PageIndex::byte_offset`] does.
     pub const fn bytes(self) -> u64 {
-        self.count << PAGE_SHIFT
+        self.count.saturating_mul(PAGE_SIZE as u64)
     }
 
     /// Whether nothing is in it.

@@ -12,10 +12,11 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use data_encoding::BASE64URL_NOPAD;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use subtle::ConstantTimeEq;
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
+use crate::bounded;
 use crate::trust::{Fingerprint, sha256};
 
 const KIND: &str = "lazyvm-ticket-";
@@ -37,9 +38,34 @@ pub struct SessionId(pub [u8; 16]);
 pub struct Secret([u8; 32]);
 
 /// Addresses, keys and secret of one session.
+///
+/// ```
+/// use lazyvm_wire::trust::Identity;
+/// use lazyvm_wire::{Secret, SessionId, Ticket, TicketError};
+///
+/// let ticket = Ticket {
+///     addresses: vec!["192.0.2.7:4747".parse()?],
+///     server: Identity::generate()?.fingerprint(),
+///     session: SessionId::random()?,
+///     secret: Secret::random()?,
+///     expires_at_s: 1_800_000_000,
+/// };
+/// let line = ticket.to_text();
+/// assert!(line.starts_with("lazyvm-ticket-1."));
+/// assert_eq!(Ticket::parse(&line)?.addresses, ticket.addresses);
+///
+/// let cut_short = &line[..line.len() - 1];
+/// assert_eq!(Ticket::parse(cut_short).unwrap_err(), TicketError::Damaged);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Ticket {
-    /// Where the server listens, in the order to try.
+    /// Where the server listens, in the order to try: at least one; [`ADDRESSES_MAX`] are written. An IPv6 scope is not kept, as it
+    /// means something on the server's host only.
+    #[serde(
+        serialize_with = "first_addresses",
+        deserialize_with = "bounded::vec::<_, _, ADDRESSES_MAX>"
+    )]
     pub addresses: Vec<SocketAddr>,
     /// The server's key.
     pub server: Fingerprint,
@@ -49,6 +75,13 @@ pub struct Ticket {
     pub secret: Secret,
     /// When the ticket ends, in seconds since 1970-01-01 UTC by the server's clock.
     pub expires_at_s: u64,
+}
+
+fn first_addresses<S: Serializer>(
+    addresses: &[SocketAddr],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    addresses[..addresses.len().min(ADDRESSES_MAX)].serialize(serializer)
 }
 
 /// A text that is no ticket.
@@ -70,8 +103,10 @@ pub enum TicketError {
 impl Ticket {
     /// The line of text. It holds the secret.
     pub fn to_text(&self) -> String {
+        // Room for all of it at once: bytes that grow leave copies behind that nobody wipes.
+        let buffer = Vec::with_capacity(TICKET_TEXT_MAX);
         // Postcard fails only where a sequence has no known length, or a buffer of fixed size is full.
-        let mut bytes = postcard::to_allocvec(self).unwrap_or_default();
+        let mut bytes = postcard::to_extend(self, buffer).unwrap_or_default();
         let checksum = sha256(&bytes);
         bytes.extend_from_slice(&checksum[..CHECKSUM_LEN]);
         let text = format!("{KIND}{VERSION}.{}", BASE64URL_NOPAD.encode(&bytes));
@@ -84,13 +119,23 @@ impl Ticket {
     /// # Errors
     /// [`TicketError`] tells the user what is wrong with the text.
     pub fn parse(text: &str) -> Result<Self, TicketError> {
-        let body = text
-            .trim()
-            .strip_prefix(KIND)
-            .ok_or(TicketError::NotATicket)?;
+        let text = text.trim();
+        let Some(body) = text.strip_prefix(KIND) else {
+            // A line may be cut as short as within its prefix.
+            return Err(if !text.is_empty() && KIND.starts_with(text) {
+                TicketError::Damaged
+            } else {
+                TicketError::NotATicket
+            });
+        };
         let (version, body) = body.split_once('.').ok_or(TicketError::Damaged)?;
         if version != VERSION {
-            return Err(TicketError::Version);
+            let is_number = !version.is_empty() && version.bytes().all(|b| b.is_ascii_digit());
+            return Err(if is_number {
+                TicketError::Version
+            } else {
+                TicketError::Damaged
+            });
         }
         if body.len() > TICKET_TEXT_MAX {
             return Err(TicketError::Damaged);
@@ -113,7 +158,7 @@ impl Ticket {
             return Err(TicketError::Damaged);
         }
         match postcard::take_from_bytes::<Self>(body) {
-            Ok((ticket, [])) if (1..=ADDRESSES_MAX).contains(&ticket.addresses.len()) => Ok(ticket),
+            Ok((ticket, [])) if !ticket.addresses.is_empty() => Ok(ticket),
             _ => Err(TicketError::Damaged),
         }
     }
