@@ -1,0 +1,339 @@
+//! The endpoint: one UDP port, any number of sessions.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dashmap::DashMap;
+use lazyvm_quic::{
+    ControlReceiver, ControlSender, ServerConfigs, SetupError, close_code, control_stream,
+};
+use lazyvm_wire::control::{HELLO_MAX, Hello, Lane, Rejection, ToDestination};
+use lazyvm_wire::trust::{Fingerprint, Identity};
+use lazyvm_wire::{Secret, SessionId, Ticket};
+use quinn::rustls::pki_types::CertificateDer;
+use quinn::{Connection, EndpointConfig, Incoming, TokioRuntime};
+use tokio::sync::Semaphore;
+
+use crate::handover::Phase;
+use crate::lane::LaneThread;
+use crate::session::{Session, SessionConfig, SessionStatus};
+use crate::{bulk, fault};
+
+/// Most sessions of one endpoint.
+pub const SESSIONS_MAX: usize = 1024;
+
+/// Most connections of one endpoint; each session needs two.
+const CONNECTIONS_MAX: usize = 2 * SESSIONS_MAX + 64;
+
+/// From here on a peer must show that its address is its own before it costs a handshake.
+const HANDSHAKES_FREE: usize = 16;
+
+/// Time for a peer to end the handshake and to say hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// An endpoint that can't be set up, or a session that can't be added.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The port is taken, or the address is not of this machine.
+    #[error("can't listen on {address}; is the port taken? Name another one with --listen")]
+    Bind {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// QUIC or its keys.
+    #[error("can't set up QUIC")]
+    Setup(#[from] SetupError),
+    /// A thread could not be started.
+    #[error("can't start a thread")]
+    Thread(#[source] io::Error),
+    /// More than [`SESSIONS_MAX`].
+    #[error("this endpoint serves {SESSIONS_MAX} sessions already")]
+    TooManySessions,
+    /// No random bytes for a secret.
+    #[error("the system gives no random bytes")]
+    Random,
+    /// The new session could not be recorded.
+    #[error("can't record the session: {0}")]
+    Record(String),
+}
+
+/// A page server.
+///
+/// Two threads carry all its sessions: the fault lane with control messages and demand faults, and the bulk lane with
+/// the push. Dropping it closes all connections; a machine that was handed over stays paused.
+pub struct Server {
+    shared: Arc<Shared>,
+    endpoint: quinn::Endpoint,
+    fingerprint: Fingerprint,
+    // In this order: the endpoint's own tasks run on the fault lane.
+    _bulk_lane: LaneThread,
+    _fault_lane: LaneThread,
+}
+
+struct Shared {
+    sessions: DashMap<SessionId, Arc<Session>>,
+    configs: ServerConfigs,
+    bulk_lane: tokio::runtime::Handle,
+    /// One permit a connection.
+    connections: Arc<Semaphore>,
+}
+
+/// A session that was added, as its owner sees it.
+#[derive(Clone, Debug)]
+pub struct SessionHandle {
+    session: Arc<Session>,
+}
+
+impl Server {
+    /// Listens on `address`; port 0 takes a free one.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn bind(address: SocketAddr, identity: &Identity) -> Result<Self, ServerError> {
+        let configs = lazyvm_quic::server_configs(identity)?;
+        let socket =
+            lazyvm_quic::bind(address).map_err(|source| ServerError::Bind { address, source })?;
+        let fault_lane = LaneThread::start("fault-lane").map_err(ServerError::Thread)?;
+        let bulk_lane = LaneThread::start("bulk-lane").map_err(ServerError::Thread)?;
+        let endpoint = {
+            let _context = fault_lane.handle().enter();
+            quinn::Endpoint::new(
+                EndpointConfig::default(),
+                Some(configs.fault.clone()),
+                socket,
+                Arc::new(TokioRuntime),
+            )
+            .map_err(|source| ServerError::Bind { address, source })?
+        };
+        let shared = Arc::new(Shared {
+            sessions: DashMap::new(),
+            configs,
+            bulk_lane: bulk_lane.handle().clone(),
+            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+        });
+        fault_lane
+            .handle()
+            .spawn(accept(shared.clone(), endpoint.clone()));
+        Ok(Self {
+            shared,
+            endpoint,
+            fingerprint: identity.fingerprint(),
+            _bulk_lane: bulk_lane,
+            _fault_lane: fault_lane,
+        })
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// Serves one more machine, to one destination.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn add_session(&self, config: SessionConfig) -> Result<SessionHandle, ServerError> {
+        if self.shared.sessions.len() >= SESSIONS_MAX {
+            return Err(ServerError::TooManySessions);
+        }
+        let id = SessionId::random().map_err(|_| ServerError::Random)?;
+        let secret = Secret::random().map_err(|_| ServerError::Random)?;
+        let session = Arc::new(Session::new(id, secret, config));
+        session
+            .record(&Phase::Offered)
+            .map_err(ServerError::Record)?;
+        self.shared.sessions.insert(id, session.clone());
+        Ok(SessionHandle { session })
+    }
+
+    /// Forgets a session. Its connections are closed; a machine that was handed over stays paused.
+    pub fn remove_session(&self, handle: &SessionHandle) {
+        self.shared.sessions.remove(&handle.session.id);
+        handle.session.close();
+    }
+
+    /// The ticket of a session for destinations that reach this server at `addresses`. It holds the secret.
+    pub fn ticket(&self, handle: &SessionHandle, addresses: Vec<SocketAddr>) -> Ticket {
+        Ticket {
+            addresses,
+            server: self.fingerprint,
+            session: handle.session.id,
+            secret: handle.session.secret.clone(),
+            expires_at_s: handle.session.expires_at_s,
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.endpoint.close(close_code::GONE, b"the server ends");
+    }
+}
+
+impl SessionHandle {
+    /// The session's ID.
+    pub fn id(&self) -> SessionId {
+        self.session.id
+    }
+
+    /// How far it is.
+    pub fn status(&self) -> SessionStatus {
+        self.session.status()
+    }
+
+    /// Waits until the session is over and says how: [`Phase::Moved`] or [`Phase::Ended`].
+    pub async fn outcome(&self) -> Phase {
+        let mut phase = self.session.watch_phase();
+        match phase
+            .wait_for(|phase| matches!(phase, Phase::Moved | Phase::Ended(_)))
+            .await
+        {
+            Ok(phase) => phase.clone(),
+            // The sender lives as long as the session, which this handle holds.
+            Err(_) => self.session.phase(),
+        }
+    }
+}
+
+/// Takes connections in and sends each to the thread of its lane.
+async fn accept(shared: Arc<Shared>, endpoint: quinn::Endpoint) {
+    while let Some(incoming) = endpoint.accept().await {
+        let used = CONNECTIONS_MAX - shared.connections.available_permits();
+        let known = 2 * shared.sessions.len();
+        if used >= known + HANDSHAKES_FREE && !incoming.remote_address_validated() {
+            // Fails only for an address that is validated.
+            let _ = incoming.retry();
+            continue;
+        }
+        let Ok(permit) = shared.connections.clone().try_acquire_owned() else {
+            tracing::warn!(peer = %incoming.remote_address(), "refused: too many connections");
+            incoming.refuse();
+            continue;
+        };
+        let lane = lazyvm_quic::lane_of_connection_id(&incoming.orig_dst_cid());
+        let worker = shared.clone();
+        let task = async move {
+            let peer = incoming.remote_address();
+            match tokio::time::timeout(HELLO_TIMEOUT, greet(&worker, incoming, lane)).await {
+                Ok(Ok(guest)) => guest.serve().await,
+                Ok(Err(reason)) => tracing::warn!(%peer, "refused: {reason}"),
+                Err(_) => tracing::warn!(%peer, "refused: no hello in time"),
+            }
+            drop(permit);
+        };
+        match lane {
+            Lane::Fault => drop(tokio::spawn(task)),
+            Lane::Bulk => drop(shared.bulk_lane.spawn(task)),
+        }
+    }
+}
+
+/// A peer that has shown a ticket.
+struct Guest {
+    session: Arc<Session>,
+    lane: Lane,
+    connection: Connection,
+    control: (ControlSender, ControlReceiver),
+}
+
+/// Ends the handshake, hears the hello, and lets the peer in or tells it why not.
+async fn greet(shared: &Shared, incoming: Incoming, lane: Lane) -> Result<Guest, String> {
+    let connecting = match lane {
+        Lane::Fault => incoming.accept(),
+        Lane::Bulk => incoming.accept_with(shared.configs.bulk.clone()),
+    };
+    let connection = connecting
+        .map_err(|error| error.to_string())?
+        .await
+        .map_err(|error| format!("no handshake: {error}"))?;
+    let peer = peer_fingerprint(&connection).ok_or("no client key")?;
+    let stream = connection
+        .accept_bi()
+        .await
+        .map_err(|error| error.to_string())?;
+    let (mut sender, mut receiver) = control_stream(stream);
+    let hello: Hello = receiver
+        .recv(HELLO_MAX)
+        .await
+        .map_err(|error| format!("no hello: {error}"))?;
+    // A session that is not known and a wrong secret look the same from outside.
+    let session = shared
+        .sessions
+        .get(&hello.session)
+        .map(|found| found.value().clone());
+    let admitted = session
+        .ok_or(Rejection::WrongSecret)
+        .and_then(|session| session.admit(&hello, peer).map(|()| session));
+    let answer = match &admitted {
+        Ok(session) if hello.lane == Lane::Fault => session.welcome(&hello).map_or(
+            ToDestination::Rejected(Rejection::Version(lazyvm_wire::ledger::SUPPORTED)),
+            |welcome| ToDestination::Welcome(Box::new(welcome)),
+        ),
+        Ok(_) => ToDestination::Joined,
+        Err(rejection) => ToDestination::Rejected(rejection.clone()),
+    };
+    if let Ok(session) = &admitted {
+        session.attach(hello.lane, connection.clone());
+    }
+    sender
+        .send(&answer)
+        .await
+        .map_err(|error| error.to_string())?;
+    match admitted {
+        Ok(session) => {
+            tracing::info!(session = %session.id, peer = %connection.remote_address(), lane = ?hello.lane, "joined");
+            Ok(Guest {
+                session,
+                lane: hello.lane,
+                connection,
+                control: (sender, receiver),
+            })
+        }
+        Err(rejection) => {
+            sender.finish().await;
+            connection.close(close_code::REJECTED, b"");
+            Err(rejection.to_string())
+        }
+    }
+}
+
+impl Guest {
+    async fn serve(self) {
+        let Self {
+            session,
+            lane,
+            connection,
+            control: (sender, receiver),
+        } = self;
+        match lane {
+            Lane::Fault => fault::converse(&session, &connection, sender, receiver).await,
+            Lane::Bulk => serve_bulk(&session, &connection).await,
+        }
+        session.detach(lane, &connection);
+    }
+}
+
+async fn serve_bulk(session: &Arc<Session>, connection: &Connection) {
+    let digests = tokio::spawn(bulk::digests_once_paused(
+        session.clone(),
+        connection.clone(),
+    ));
+    if let Err(error) = bulk::push(session, connection).await {
+        tracing::info!(session = %session.id, %error, "the push stops");
+    }
+    digests.abort();
+}
+
+fn peer_fingerprint(connection: &Connection) -> Option<Fingerprint> {
+    let identity = connection.peer_identity()?;
+    let chain = identity.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+    chain.first().map(Fingerprint::of)
+}

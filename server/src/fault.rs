@@ -1,0 +1,247 @@
+//! The fault lane: the control conversation, and demand faults answered as they come.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use lazyvm_quic::{
+    ControlReceiver, ControlSender, ControlStreamError, FAULT_STREAMS_MAX, close_code,
+};
+use lazyvm_wire::control::{CONTROL_MAX, Lane, Rejection, ToDestination, ToSource};
+use lazyvm_wire::frame::{FaultRequest, FrameError, REQUEST_LEN};
+use quinn::{Connection, ReadExactError, RecvStream, SendStream, VarInt, WriteError};
+
+use crate::handover::{Action, Event, Phase};
+use crate::session::Session;
+
+/// Holds the conversation with the session's destination until it is over or the connection is lost.
+pub(crate) async fn converse(
+    session: &Arc<Session>,
+    connection: &Connection,
+    mut sender: ControlSender,
+    mut receiver: ControlReceiver,
+) {
+    connection.set_max_concurrent_bi_streams(VarInt::from_u32(1 + FAULT_STREAMS_MAX));
+    let answering = tokio::spawn(answer_faults(session.clone(), connection.clone()));
+    let mut conversation = Conversation {
+        session,
+        connection,
+        sender: &mut sender,
+    };
+    let end = conversation.run(&mut receiver).await;
+    match end {
+        Ok(()) => sender.finish().await,
+        Err(error) if session.is_attached(Lane::Fault, connection) => {
+            tracing::info!(session = %session.id, %error, "the destination's connection is lost");
+            session.detach(Lane::Fault, connection);
+            let mut conversation = Conversation {
+                session,
+                connection,
+                sender: &mut sender,
+            };
+            // Nobody is there to be told; what is to be done to the machine is done.
+            let _ = conversation.take(Event::PeerLost).await;
+        }
+        // A newer connection has taken over.
+        Err(_) => {}
+    }
+    answering.abort();
+}
+
+struct Conversation<'a> {
+    session: &'a Arc<Session>,
+    connection: &'a Connection,
+    sender: &'a mut ControlSender,
+}
+
+impl Conversation<'_> {
+    async fn run(&mut self, receiver: &mut ControlReceiver) -> Result<(), ControlStreamError> {
+        loop {
+            let message: ToSource = receiver.recv(CONTROL_MAX).await?;
+            let event = match message {
+                ToSource::Ready if !self.session.has_bulk_lane() => {
+                    let rejection = Rejection::Protocol("ready without a bulk lane".to_owned());
+                    return self.sender.send(&ToDestination::Rejected(rejection)).await;
+                }
+                ToSource::Ready => Event::Ready,
+                ToSource::Refused { reason } => Event::Refused(reason),
+                ToSource::Started => Event::Started,
+                ToSource::Progress { pages_here } => {
+                    let counter = &self.session.counters.at_destination;
+                    counter.store(pages_here, Ordering::Relaxed);
+                    continue;
+                }
+                ToSource::Complete { verified } => {
+                    if verified == Some(false) {
+                        tracing::error!(session = %self.session.id, "the destination found pages that differ");
+                    }
+                    Event::Complete
+                }
+            };
+            self.take(event).await?;
+            if matches!(self.session.phase(), Phase::Moved | Phase::Ended(_)) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes an event, carries out what follows from it, and what follows from that.
+    async fn take(&mut self, event: Event) -> Result<(), ControlStreamError> {
+        let mut actions = self.session.handle(event);
+        while !actions.is_empty() {
+            let mut events = Vec::new();
+            for action in actions {
+                events.extend(self.act(action).await?);
+            }
+            actions = events
+                .into_iter()
+                .flat_map(|event| self.session.handle(event))
+                .collect();
+        }
+        Ok(())
+    }
+
+    async fn act(&mut self, action: Action) -> Result<Option<Event>, ControlStreamError> {
+        match action {
+            Action::Pause => {
+                let result = self.blocking(Session::pause).await;
+                if self.connection.close_reason().is_some() {
+                    self.session.handle(Event::PeerLost);
+                }
+                return Ok(Some(Event::Paused(result)));
+            }
+            Action::RecordHandedOver => {
+                let result = self
+                    .blocking(|session| session.record(&Phase::HandedOver))
+                    .await;
+                return Ok(Some(Event::Recorded(result)));
+            }
+            Action::SendSwitchover => self.send_switchover().await?,
+            Action::SendRunning => {
+                let downtime_us = self.downtime_us();
+                self.sender
+                    .send(&ToDestination::Running { downtime_us })
+                    .await?;
+            }
+            Action::Resume => {
+                self.blocking(|session| {
+                    session.resume();
+                    session.record(&session.phase())
+                })
+                .await
+                .unwrap_or_else(
+                    |error| tracing::error!(session = %self.session.id, %error, "can't record"),
+                );
+            }
+            Action::Release => {
+                self.blocking(|session| {
+                    // The move is done whatever comes of this; both failures are for the operator to see.
+                    if let Err(error) = session.config.machine.release() {
+                        tracing::warn!(session = %session.id, %error, "the moved machine could not be ended here");
+                    }
+                    session.record(&Phase::Moved)
+                })
+                .await
+                .unwrap_or_else(|error| tracing::warn!(session = %self.session.id, %error, "can't record"));
+                return Ok(Some(Event::Released));
+            }
+            Action::SendReleased => self.sender.send(&ToDestination::Released).await?,
+            Action::SendRejected(reason) => {
+                self.sender
+                    .send(&ToDestination::Rejected((&reason).into()))
+                    .await?;
+            }
+        }
+        Ok(None)
+    }
+
+    async fn send_switchover(&mut self) -> Result<(), ControlStreamError> {
+        let Some(paused) = self.session.paused() else {
+            return Ok(());
+        };
+        self.session.begin_push(&paused.map);
+        let switchover = Box::new((*paused.switchover).clone());
+        self.sender
+            .send(&ToDestination::Switchover(switchover))
+            .await
+    }
+
+    /// The downtime, as it is known when the start is heard; the same when it is heard again.
+    fn downtime_us(&self) -> u64 {
+        let counter = &self.session.counters.downtime_us;
+        if counter.load(Ordering::Relaxed) == 0
+            && let Some(paused) = self.session.paused()
+        {
+            let downtime = paused
+                .at
+                .elapsed()
+                .saturating_sub(self.connection.rtt() / 2);
+            counter.store(downtime.as_micros() as u64, Ordering::Relaxed);
+        }
+        counter.load(Ordering::Relaxed)
+    }
+
+    /// Runs a call to the machine or the disk where it may block.
+    async fn blocking(
+        &self,
+        call: impl FnOnce(&Session) -> Result<(), String> + Send + 'static,
+    ) -> Result<(), String> {
+        let session = self.session.clone();
+        match tokio::task::spawn_blocking(move || call(&session)).await {
+            Ok(result) => result,
+            Err(error) => Err(format!("a call to the machine ended early: {error}")),
+        }
+    }
+}
+
+/// A demand stream that can't go on.
+#[derive(Debug, thiserror::Error)]
+enum DemandError {
+    #[error("a request was cut short")]
+    Read(#[from] ReadExactError),
+    #[error("the answer can't be sent")]
+    Write(#[from] WriteError),
+    #[error("a bad request")]
+    Frame(#[from] FrameError),
+    #[error("a request for pages before the hand-over")]
+    TooEarly,
+}
+
+/// Answers the demand streams of a connection until it is lost.
+async fn answer_faults(session: Arc<Session>, connection: Connection) {
+    while let Ok((send, recv)) = connection.accept_bi().await {
+        let session = session.clone();
+        let connection = connection.clone();
+        tokio::spawn(async move {
+            // Any other error is the connection's own end, which is seen elsewhere.
+            if let Err(error @ (DemandError::Frame(_) | DemandError::TooEarly)) =
+                answer_stream(&session, send, recv).await
+            {
+                tracing::warn!(session = %session.id, %error, "the destination breaks the protocol");
+                connection.close(close_code::PROTOCOL, b"bad request");
+            }
+        });
+    }
+}
+
+/// One request after another, each with its answer.
+async fn answer_stream(
+    session: &Session,
+    mut send: SendStream,
+    mut recv: RecvStream,
+) -> Result<(), DemandError> {
+    let image_pages = session.config.machine.layout().pages();
+    loop {
+        let mut request = [0; REQUEST_LEN];
+        match recv.read_exact(&mut request).await {
+            Ok(()) => {}
+            Err(ReadExactError::FinishedEarly(0)) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        let FaultRequest(range) = FaultRequest::decode(&request, image_pages)?;
+        if !session.serves_pages() {
+            return Err(DemandError::TooEarly);
+        }
+        send.write_chunk(session.frames.demand_frame(range)).await?;
+        session.answered(range);
+    }
+}

@@ -1,0 +1,347 @@
+//! One machine on the move, and who may have it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use lazyvm_wire::control::{Hello, Lane, Rejection, Switchover, Welcome};
+use lazyvm_wire::ledger::SUPPORTED;
+use lazyvm_wire::trust::Fingerprint;
+use lazyvm_wire::{PageMap, PageRange, Secret, SessionId};
+use quinn::Connection;
+use tokio::sync::{Notify, watch};
+
+use crate::frames::FrameReader;
+use crate::handover::{Action, EndReason, Event, Handover, Phase};
+use crate::port::SourceMachine;
+use crate::record::SessionRecord;
+use crate::scheduler::{Batch, PushScheduler};
+
+/// What a session is made of.
+pub struct SessionConfig {
+    /// The machine.
+    pub machine: Arc<dyn SourceMachine>,
+    /// How long the ticket lets a destination in for the first time.
+    pub ticket_lifetime: Duration,
+    /// Limit of the push in bytes a second; faults are not limited.
+    pub max_bandwidth: Option<u64>,
+    /// Where the session is recorded; `None` for a machine whose loss nobody minds (benchmarks, tests).
+    pub record: Option<SessionRecord>,
+}
+
+/// How far a session is. Counts pages of 4 KiB.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionStatus {
+    /// Where the hand-over is.
+    pub phase: Phase,
+    /// Pages of the image.
+    pub pages_total: u64,
+    /// Pages that hold data, known from the pause on.
+    pub pages_data: u64,
+    /// Pages sent in answer to faults.
+    pub pages_demand: u64,
+    /// Pages pushed.
+    pub pages_pushed: u64,
+    /// Pages that the destination last said it has, zero pages among them.
+    pub pages_at_destination: u64,
+    /// From the pause until the source heard of the start, less half a round trip; 0 before.
+    pub downtime_us: u64,
+}
+
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub data: AtomicU64,
+    pub demand: AtomicU64,
+    pub pushed: AtomicU64,
+    pub at_destination: AtomicU64,
+    pub downtime_us: AtomicU64,
+}
+
+pub(crate) struct Session {
+    pub id: SessionId,
+    pub secret: Secret,
+    pub expires_at_s: u64,
+    pub config: SessionConfig,
+    pub frames: Arc<FrameReader>,
+    pub counters: Counters,
+    /// The destination asked for digests.
+    pub verify: AtomicBool,
+    /// The push has something to look for: pages, or its end.
+    pub push_wake: Notify,
+    owner: Mutex<Option<Fingerprint>>,
+    /// The connections that are in use, by lane.
+    connections: Mutex<[Option<Connection>; 2]>,
+    handover: Mutex<Handover>,
+    phase: watch::Sender<Phase>,
+    push: Mutex<Option<PushScheduler>>,
+    paused: Mutex<Option<Paused>>,
+}
+
+/// What the pause gave.
+#[derive(Clone)]
+pub(crate) struct Paused {
+    pub switchover: Arc<Switchover>,
+    pub map: Arc<PageMap>,
+    pub at: Instant,
+}
+
+impl Session {
+    pub fn new(id: SessionId, secret: Secret, config: SessionConfig) -> Self {
+        let expires_at_s = now_s().saturating_add(config.ticket_lifetime.as_secs());
+        Self {
+            id,
+            secret,
+            expires_at_s,
+            frames: Arc::new(FrameReader::new(config.machine.memory())),
+            config,
+            counters: Counters::default(),
+            verify: AtomicBool::new(false),
+            push_wake: Notify::new(),
+            owner: Mutex::new(None),
+            connections: Mutex::new([None, None]),
+            handover: Mutex::new(Handover::default()),
+            phase: watch::Sender::new(Phase::Offered),
+            push: Mutex::new(None),
+            paused: Mutex::new(None),
+        }
+    }
+
+    /// Lets a peer with this key in, or says why not. The first that shows the secret in time owns the session.
+    pub fn admit(&self, hello: &Hello, peer: Fingerprint) -> Result<(), Rejection> {
+        if !self.secret.matches(&hello.secret) {
+            return Err(Rejection::WrongSecret);
+        }
+        if hello.versions.newest_common(SUPPORTED).is_none() {
+            return Err(Rejection::Version(SUPPORTED));
+        }
+        let mut owner = lock(&self.owner);
+        match *owner {
+            Some(known) if known == peer => {}
+            Some(_) => return Err(Rejection::Used),
+            None if now_s() >= self.expires_at_s => return Err(Rejection::Expired),
+            None if hello.lane == Lane::Bulk => {
+                return Err(Rejection::Protocol(
+                    "the bulk lane comes after the fault lane".to_owned(),
+                ));
+            }
+            None => *owner = Some(peer),
+        }
+        if hello.lane == Lane::Fault {
+            self.verify.store(hello.verify, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    pub fn welcome(&self, hello: &Hello) -> Option<Welcome> {
+        Some(Welcome {
+            version: hello.versions.newest_common(SUPPORTED)?,
+            layout: self.config.machine.layout().clone(),
+            offer: self.config.machine.offer(),
+            mode: "postcopy".to_owned(),
+        })
+    }
+
+    /// Makes `connection` the lane's; one that was there before is closed, its peer has a new one.
+    pub fn attach(&self, lane: Lane, connection: Connection) {
+        let old = lock(&self.connections)[lane as usize].replace(connection);
+        if let Some(old) = old {
+            old.close(lazyvm_quic::close_code::GONE, b"superseded");
+        }
+    }
+
+    /// Whether `connection` is still the lane's.
+    pub fn is_attached(&self, lane: Lane, connection: &Connection) -> bool {
+        lock(&self.connections)[lane as usize]
+            .as_ref()
+            .is_some_and(|attached| attached.stable_id() == connection.stable_id())
+    }
+
+    pub fn detach(&self, lane: Lane, connection: &Connection) {
+        let mut connections = lock(&self.connections);
+        let slot = &mut connections[lane as usize];
+        if slot
+            .as_ref()
+            .is_some_and(|attached| attached.stable_id() == connection.stable_id())
+        {
+            *slot = None;
+        }
+    }
+
+    /// Closes both lanes.
+    pub fn close(&self) {
+        for connection in lock(&self.connections).iter_mut().filter_map(Option::take) {
+            connection.close(lazyvm_quic::close_code::GONE, b"the session ends");
+        }
+    }
+
+    pub fn has_bulk_lane(&self) -> bool {
+        lock(&self.connections)[Lane::Bulk as usize].is_some()
+    }
+
+    /// Takes an event to the hand-over; the caller carries the actions out.
+    pub fn handle(&self, event: Event) -> Vec<Action> {
+        let mut handover = lock(&self.handover);
+        let before = handover.phase().clone();
+        let actions = handover.handle(event);
+        let phase = handover.phase().clone();
+        drop(handover);
+        if phase != before {
+            tracing::info!(session = %self.id, ?phase, "session");
+            self.phase.send_replace(phase);
+            self.push_wake.notify_waiters();
+        }
+        actions
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.phase.borrow().clone()
+    }
+
+    pub fn watch_phase(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
+    }
+
+    pub fn serves_pages(&self) -> bool {
+        lock(&self.handover).serves_pages()
+    }
+
+    /// Stops the machine, takes its state and finds its data. Blocks.
+    pub fn pause(&self) -> Result<(), String> {
+        let at = Instant::now();
+        let machine = &self.config.machine;
+        let state = machine.pause().map_err(|error| describe(error.as_ref()))?;
+        let map = self.page_map().inspect_err(|_| self.resume())?;
+        self.counters
+            .data
+            .store(map.data_pages(), Ordering::Relaxed);
+        let switchover = Switchover {
+            state,
+            page_map: map.encode(),
+        };
+        *lock(&self.paused) = Some(Paused {
+            switchover: Arc::new(switchover),
+            map: Arc::new(map),
+            at,
+        });
+        Ok(())
+    }
+
+    fn page_map(&self) -> Result<PageMap, String> {
+        let mut map = PageMap::zeroed(self.config.machine.layout().pages());
+        self.config
+            .machine
+            .memory()
+            .data_runs(&mut |range| map.set_data(range))
+            .map_err(|error| format!("can't find the data in the machine's memory: {error}"))?;
+        Ok(map)
+    }
+
+    /// Lets the machine run on here. Blocks.
+    pub fn resume(&self) {
+        *lock(&self.push) = None;
+        *lock(&self.paused) = None;
+        if let Err(error) = self.config.machine.resume() {
+            let error = describe(error.as_ref());
+            tracing::error!(session = %self.id, %error, "the machine stands paused and can't be resumed");
+        }
+    }
+
+    /// Writes the phase down. Blocks.
+    pub fn record(&self, phase: &Phase) -> Result<(), String> {
+        let Some(record) = &self.config.record else {
+            return Ok(());
+        };
+        let owner = *lock(&self.owner);
+        record
+            .write(self, phase, owner)
+            .map_err(|error| describe(&error))
+    }
+
+    pub fn paused(&self) -> Option<Paused> {
+        lock(&self.paused).clone()
+    }
+
+    /// Begins the push of all data pages.
+    pub fn begin_push(&self, map: &PageMap) {
+        *lock(&self.push) = Some(PushScheduler::new(map));
+        self.push_wake.notify_waiters();
+    }
+
+    /// The next pages to push, if any.
+    pub fn next_batch(&self, pages_max: u64) -> Option<Batch> {
+        lock(&self.push).as_mut()?.next(pages_max)
+    }
+
+    /// Tells the push that a fault was answered.
+    pub fn answered(&self, range: PageRange) {
+        self.counters
+            .demand
+            .fetch_add(range.count, Ordering::Relaxed);
+        if let Some(push) = lock(&self.push).as_mut() {
+            push.fault(range);
+        }
+        self.push_wake.notify_waiters();
+    }
+
+    pub fn status(&self) -> SessionStatus {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        SessionStatus {
+            phase: self.phase(),
+            pages_total: self.config.machine.layout().pages(),
+            pages_data: load(&self.counters.data),
+            pages_demand: load(&self.counters.demand),
+            pages_pushed: load(&self.counters.pushed),
+            pages_at_destination: load(&self.counters.at_destination),
+            downtime_us: load(&self.counters.downtime_us),
+        }
+    }
+
+    /// Whether nothing is to be sent any more.
+    pub fn is_over(&self) -> bool {
+        matches!(
+            self.phase(),
+            Phase::Moved | Phase::Releasing | Phase::Ended(_)
+        )
+    }
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session")
+            .field("id", &self.id)
+            .field("phase", &self.phase())
+            .finish()
+    }
+}
+
+/// An error with all its causes, on one line.
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+pub(crate) fn now_s() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+/// A panic elsewhere leaves these values whole: each is changed in one step.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl From<&EndReason> for Rejection {
+    fn from(reason: &EndReason) -> Self {
+        match reason {
+            EndReason::Protocol(what) => Self::Protocol((*what).to_owned()),
+            other => Self::Machine(lazyvm_wire::control::short_text(&other.to_string())),
+        }
+    }
+}

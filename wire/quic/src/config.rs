@@ -1,0 +1,137 @@
+//! Transport settings of each lane.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lazyvm_wire::control::Lane;
+use lazyvm_wire::trust::{Fingerprint, Identity, TrustError};
+use quinn::congestion::CubicConfig;
+use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
+use quinn::{ClientConfig, IdleTimeout, ServerConfig, TransportConfig, VarInt};
+
+use crate::lane::connection_ids;
+use crate::window::FixedWindow;
+
+/// Most demand faults under way at a time; more wait at the destination.
+pub const FAULT_STREAMS_MAX: u32 = 256;
+
+/// Most push streams under way at a time.
+pub const BULK_STREAMS_MAX: u32 = 64;
+
+/// A peer that is silent for longer is gone.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
+
+const KEEP_ALIVE: Duration = Duration::from_secs(4);
+
+/// The fault lane's congestion window: 1,000 pages under way.
+const FAULT_WINDOW: u64 = 4 << 20;
+
+/// Bytes of the push under way at a time. A pipe of 1 Gbit/s and 150 ms holds 19 MB; each side may have to keep as
+/// much in memory.
+const BULK_WINDOW: u32 = 24 << 20;
+
+/// The push's first congestion window; QUIC's own of 12 KB needs two seconds to fill a long pipe.
+const BULK_INITIAL_WINDOW: u64 = 1 << 20;
+
+/// Handshakes that may be under way at a time; further ones are refused.
+const HANDSHAKES_MAX: usize = 64;
+
+/// A failure to set up QUIC.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The keys.
+    #[error("can't set up the keys")]
+    Trust(#[from] TrustError),
+    /// The cipher suite that QUIC's first packets need is not there.
+    #[error("the TLS library lacks a cipher suite that QUIC needs")]
+    Suite(#[from] NoInitialCipherSuite),
+}
+
+/// A server's settings for each lane. An endpoint has [`ServerConfigs::fault`]; a connection that hints at the bulk
+/// lane is accepted with [`ServerConfigs::bulk`].
+#[derive(Clone, Debug)]
+pub struct ServerConfigs {
+    /// For control and faults.
+    pub fault: ServerConfig,
+    /// For the push.
+    pub bulk: Arc<ServerConfig>,
+}
+
+/// The settings of a server with this identity.
+///
+/// # Errors
+/// [`SetupError`].
+pub fn server_configs(identity: &Identity) -> Result<ServerConfigs, SetupError> {
+    let crypto = Arc::new(QuicServerConfig::try_from(identity.server_config()?)?);
+    let config = |transport: TransportConfig| {
+        let mut config = ServerConfig::with_crypto(crypto.clone());
+        config
+            .transport_config(Arc::new(transport))
+            .max_incoming(HANDSHAKES_MAX);
+        config
+    };
+    // A peer may open its control stream and nothing else until it has shown a ticket.
+    let mut fault = transport(Lane::Fault);
+    fault
+        .max_concurrent_bidi_streams(VarInt::from_u32(1))
+        .max_concurrent_uni_streams(0_u32.into());
+    let mut bulk = transport(Lane::Bulk);
+    bulk.max_concurrent_bidi_streams(VarInt::from_u32(1))
+        .max_concurrent_uni_streams(0_u32.into());
+    Ok(ServerConfigs {
+        fault: config(fault),
+        bulk: Arc::new(config(bulk)),
+    })
+}
+
+/// The settings of a destination's connection to the server with this fingerprint.
+///
+/// # Errors
+/// [`SetupError`].
+pub fn client_config(
+    identity: &Identity,
+    server: Fingerprint,
+    lane: Lane,
+) -> Result<ClientConfig, SetupError> {
+    let crypto = QuicClientConfig::try_from(identity.client_config(server)?)?;
+    let mut transport = transport(lane);
+    let streams = match lane {
+        Lane::Fault => 0,
+        Lane::Bulk => BULK_STREAMS_MAX,
+    };
+    transport
+        .max_concurrent_bidi_streams(0_u32.into())
+        .max_concurrent_uni_streams(VarInt::from_u32(streams))
+        .keep_alive_interval(Some(KEEP_ALIVE));
+    let mut config = ClientConfig::new(Arc::new(crypto));
+    config.transport_config(Arc::new(transport));
+    config.initial_dst_cid_provider(connection_ids(lane));
+    Ok(config)
+}
+
+fn transport(lane: Lane) -> TransportConfig {
+    let mut transport = TransportConfig::default();
+    let idle = VarInt::from_u32(IDLE_TIMEOUT.as_millis() as u32);
+    transport.max_idle_timeout(Some(IdleTimeout::from(idle)));
+    match lane {
+        Lane::Fault => {
+            transport
+                .congestion_controller_factory(Arc::new(FixedWindow {
+                    bytes: FAULT_WINDOW,
+                }))
+                .send_window(2 * FAULT_WINDOW)
+                .receive_window(VarInt::from_u32(2 * FAULT_WINDOW as u32))
+                .stream_receive_window(VarInt::from_u32(FAULT_WINDOW as u32));
+        }
+        Lane::Bulk => {
+            let mut cubic = CubicConfig::default();
+            cubic.initial_window(BULK_INITIAL_WINDOW);
+            transport
+                .congestion_controller_factory(Arc::new(cubic))
+                .send_window(BULK_WINDOW.into())
+                .receive_window(VarInt::from_u32(BULK_WINDOW))
+                .stream_receive_window(VarInt::from_u32(4 << 20));
+        }
+    }
+    transport
+}
