@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use lazyvm_quic::{
     ControlReceiver, ControlSender, ControlStreamError, FAULT_STREAMS_MAX, close_code,
 };
-use lazyvm_wire::control::{CONTROL_MAX, Lane, Rejection, ToDestination, ToSource};
+use lazyvm_wire::control::{Lane, Rejection, ToDestination, ToSource, to_source_max};
 use lazyvm_wire::frame::{FaultRequest, FrameError, REQUEST_LEN};
 use quinn::{Connection, ReadExactError, RecvStream, SendStream, VarInt, WriteError};
 
@@ -55,8 +55,9 @@ struct Conversation<'a> {
 
 impl Conversation<'_> {
     async fn run(&mut self, receiver: &mut ControlReceiver) -> Result<(), ControlStreamError> {
+        let limit = to_source_max(self.session.config.machine.layout().pages());
         loop {
-            let message: ToSource = receiver.recv(CONTROL_MAX).await?;
+            let message: ToSource = receiver.recv(limit).await?;
             let event = match message {
                 ToSource::Ready if !self.session.has_bulk_lane() => {
                     let rejection = Rejection::Protocol("ready without a bulk lane".to_owned());
@@ -75,6 +76,13 @@ impl Conversation<'_> {
                         tracing::error!(session = %self.session.id, "the destination found pages that differ");
                     }
                     Event::Complete
+                }
+                ToSource::Rejoin { missing } => {
+                    if self.session.push_missing(&missing).is_err() {
+                        let rejection = Rejection::Protocol("a bad page map".to_owned());
+                        return self.sender.send(&ToDestination::Rejected(rejection)).await;
+                    }
+                    continue;
                 }
             };
             self.take(event).await?;

@@ -167,6 +167,8 @@ impl Handover {
                 self.go(Phase::HandedOver, vec![Action::SendSwitchover])
             }
 
+            // The answer to the first one was lost with its connection.
+            (Phase::HandedOver, Event::Ready) => vec![Action::SendSwitchover],
             (Phase::HandedOver, Event::Refused(reason)) => {
                 self.end(EndReason::Refused(reason), vec![Action::Resume])
             }

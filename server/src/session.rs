@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use lazyvm_wire::control::{Hello, Lane, Rejection, Switchover, Welcome};
 use lazyvm_wire::ledger::SUPPORTED;
 use lazyvm_wire::trust::Fingerprint;
-use lazyvm_wire::{PageMap, PageRange, Secret, SessionId};
+use lazyvm_wire::{PageMap, PageMapError, PageRange, Secret, SessionId};
 use quinn::Connection;
 use tokio::sync::{Notify, watch};
 
@@ -125,6 +125,9 @@ impl Session {
                 ));
             }
             None => *owner = Some(peer),
+        }
+        if let Phase::Ended(reason) = self.phase() {
+            return Err((&reason).into());
         }
         if hello.lane == Lane::Fault {
             self.verify.store(hello.verify, Ordering::Relaxed);
@@ -265,6 +268,15 @@ impl Session {
     pub fn begin_push(&self, map: &PageMap) {
         *lock(&self.push) = Some(PushScheduler::new(map));
         self.push_wake.notify_waiters();
+    }
+
+    /// Begins the push anew, with the pages that a destination which came back says are missing there.
+    pub fn push_missing(&self, missing: &[u8]) -> Result<(), PageMapError> {
+        let missing = PageMap::decode(missing, self.config.machine.layout().pages())?;
+        if self.serves_pages() {
+            self.begin_push(&missing);
+        }
+        Ok(())
     }
 
     /// The next pages to push, if any.

@@ -34,6 +34,11 @@ pub fn switchover_max(pages: u64) -> usize {
     STATE_MAX + page_map_bytes_max(pages) + 4096
 }
 
+/// Largest [`ToSource`] of an image of `pages` pages, in bytes.
+pub fn to_source_max(pages: u64) -> usize {
+    TEXT_MAX + page_map_bytes_max(pages) + 64
+}
+
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Lane {
@@ -80,6 +85,16 @@ pub enum ToSource {
     Complete {
         /// Whether every digest was the source's; `None` when not asked.
         verified: Option<bool>,
+    },
+    /// The first message on a new connection after one was lost, once the machine was handed over. The source pushes
+    /// from here on what is missing.
+    Rejoin {
+        /// The pages whose data must still come, as [`crate::PageMap::encode`] writes them.
+        #[serde(
+            serialize_with = "bounded::serialize_bytes",
+            deserialize_with = "bounded::bytes::<_, PAGE_MAP_BYTES_MAX>"
+        )]
+        missing: Vec<u8>,
     },
 }
 

@@ -79,6 +79,12 @@ impl PageMap {
         }
     }
 
+    /// One with these bits.
+    pub fn from_bits(mut bits: BitVec<u64, Lsb0>) -> Self {
+        bits.set_uninitialized(false);
+        Self { bits }
+    }
+
     /// Marks pages as data. What is past the image is left out.
     pub fn set_data(&mut self, range: PageRange) {
         let range = range.intersect(PageRange::new(PageIndex(0), self.pages()));
