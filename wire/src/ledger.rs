@@ -26,7 +26,7 @@ pub struct Entry {
 pub const LEDGER: &[Entry] = &[Entry {
     version: Version(1),
     changes: "post-copy: hello, welcome, switchover with page map, demand faults on streams of their own, \
-              push of zero and raw extents, digests, progress, completion",
+              push of zero and raw extents, digests, progress, completion, rejoining",
 }];
 
 /// Versions that a side speaks, from `min` to `max`.

@@ -81,6 +81,8 @@ impl PageMap {
 
     /// One with these bits.
     pub fn from_bits(mut bits: BitVec<u64, Lsb0>) -> Self {
+        // A bit vector may begin or end within a word; the encoding goes by whole words.
+        bits.force_align();
         bits.set_uninitialized(false);
         Self { bits }
     }
