@@ -23,7 +23,7 @@ fn assert_golden(what: &str, bytes: &[u8], golden: &str) {
 fn ticket() {
     assert_eq!(
         samples::ticket().to_text(),
-        "lazyvm-ticket-1.AgDAAAIHiyUBIAENuAAAAAAAAAAAAAAAB4wlEREREREREREREREREREREREREREREREREREREREw\
+        "lazyvm-ticket-1.AgDAAAIHiyUBIAENuAAAAAAAAAAAAAAAB4wlEREREREREREREREREREREREREREREREREREREREREREw\
          MTIzNDU2Nzg5YWJjZGVmpaWlpaWlpaWlpaWlpaWlpaWlpaWlpaWlpaWlpaWlpaWApKfaBmME2so"
     );
 }
