@@ -71,7 +71,7 @@ async fn next_stream(session: &Session) -> Option<PushStream> {
     while let Some(next) = batch.take() {
         raw_pages += session
             .frames
-            .push_frames(next.range, &mut stream.chunks)
+            .push_frames(next.range, next.whole, &mut stream.chunks)
             .raw_pages;
         stream.pages += next.range.count;
         let room = READ_PAGES_MAX.saturating_sub(raw_pages);

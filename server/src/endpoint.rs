@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use dashmap::DashMap;
 use lazyvm_quic::{
-    ControlReceiver, ControlSender, ServerConfigs, SetupError, close_code, control_stream,
+    ControlReceiver, ControlSender, LaneThread, ServerConfigs, SetupError, close_code,
+    control_stream,
 };
 use lazyvm_wire::control::{HELLO_MAX, Hello, Lane, Rejection, ToDestination};
 use lazyvm_wire::trust::{Fingerprint, Identity};
@@ -17,7 +18,6 @@ use quinn::{Connection, EndpointConfig, Incoming, TokioRuntime};
 use tokio::sync::Semaphore;
 
 use crate::handover::Phase;
-use crate::lane::LaneThread;
 use crate::session::{Session, SessionConfig, SessionStatus};
 use crate::{bulk, fault};
 

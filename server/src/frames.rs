@@ -39,8 +39,8 @@ impl FrameReader {
         }
     }
 
-    /// Appends the frames of `range`, of at most [`READ_PAGES_MAX`] pages, to `out`.
-    pub fn push_frames(&self, range: PageRange, out: &mut Vec<Bytes>) -> FrameStats {
+    /// Appends the frames of `range`, of at most [`READ_PAGES_MAX`] pages, or a huge page `whole`, to `out`.
+    pub fn push_frames(&self, range: PageRange, whole: bool, out: &mut Vec<Bytes>) -> FrameStats {
         let mut stats = FrameStats::default();
         let mut buffer = Pool::take(&self.pool, range.bytes() as usize);
         if let Err(error) = self.memory.read(range, &mut buffer.bytes) {
@@ -51,7 +51,12 @@ impl FrameReader {
         }
         let payload = Bytes::from_owner(buffer);
         let mut rest = range;
-        while let Some((run, zero)) = next_run(&payload, range.first, rest) {
+        let next = |rest: PageRange| match (whole, rest.is_empty()) {
+            (true, false) => Some((rest, is_zero(&payload))),
+            (true, true) => None,
+            (false, _) => next_run(&payload, range.first, rest),
+        };
+        while let Some((run, zero)) = next(rest) {
             if zero {
                 stats.zero_pages += run.count;
                 out.push(header(run, FrameKind::Zero));
@@ -214,7 +219,7 @@ mod tests {
     fn zero_runs_are_left_out_of_the_payload() {
         let reader = FrameReader::new(Arc::new(Memory(&[0, 1, 4])));
         let mut out = Vec::new();
-        let stats = reader.push_frames(PageRange::new(PageIndex(0), 6), &mut out);
+        let stats = reader.push_frames(PageRange::new(PageIndex(0), 6), false, &mut out);
         assert_eq!((stats.raw_pages, stats.zero_pages), (3, 3));
         let frames = parse(&out);
         let shape: Vec<_> = frames
@@ -239,7 +244,7 @@ mod tests {
     fn a_page_that_cannot_be_read_is_said_so_and_never_made_up() {
         let reader = FrameReader::new(Arc::new(Memory(&[])));
         let mut out = Vec::new();
-        let stats = reader.push_frames(PageRange::new(PageIndex(12), 4), &mut out);
+        let stats = reader.push_frames(PageRange::new(PageIndex(12), 4), false, &mut out);
         assert_eq!(stats.unreadable_pages, 4);
         assert_eq!(parse(&out)[0].0.kind, FrameKind::Unreadable);
         let demand = reader.demand_frame(PageRange::one(PageIndex(13)));
@@ -250,7 +255,7 @@ mod tests {
     fn buffers_come_back_once_the_frames_are_gone() {
         let reader = FrameReader::new(Arc::new(Memory(&[])));
         let mut out = Vec::new();
-        reader.push_frames(PageRange::new(PageIndex(0), 8), &mut out);
+        reader.push_frames(PageRange::new(PageIndex(0), 8), false, &mut out);
         assert_eq!(reader.pool.lock().len(), 0);
         out.clear();
         assert_eq!(reader.pool.lock().len(), 1);

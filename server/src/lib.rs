@@ -11,7 +11,6 @@ mod endpoint;
 mod fault;
 mod frames;
 pub mod handover;
-mod lane;
 pub mod port;
 mod rate;
 mod record;

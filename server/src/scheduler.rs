@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 
 use bitvec::prelude::{BitVec, Lsb0};
-use lazyvm_wire::{PageIndex, PageMap, PageRange};
+use lazyvm_wire::{Backing, Layout, PageIndex, PageMap, PageRange};
 
 /// Pages of the window around a fault, the fault's own page among them.
 pub const WINDOW_PAGES: u64 = 16;
@@ -31,11 +31,14 @@ pub struct Batch {
     pub range: PageRange,
     /// Why.
     pub urgency: Urgency,
+    /// It is one huge page, which goes in one frame.
+    pub whole: bool,
 }
 
 /// Keeps which pages have not been sent, and in which order they go. Takes one bit a page.
 #[derive(Debug)]
 pub struct PushScheduler {
+    layout: Layout,
     unsent: BitVec<u64, Lsb0>,
     remaining: u64,
     windows: VecDeque<PageRange>,
@@ -44,15 +47,34 @@ pub struct PushScheduler {
 }
 
 impl PushScheduler {
-    /// Everything that the page map calls data is to be sent.
-    pub fn new(map: &PageMap) -> Self {
-        let unsent = map.bits().to_bitvec();
-        let remaining = unsent.count_ones() as u64;
-        Self {
-            unsent,
-            remaining,
+    /// Everything that the page map calls data is to be sent; of a huge page, all or nothing.
+    ///
+    /// The map is one of this layout's image: its length is the layout's.
+    pub fn new(map: &PageMap, layout: Layout) -> Self {
+        let mut scheduler = Self {
+            unsent: map.bits().to_bitvec(),
+            layout,
+            remaining: 0,
             windows: VecDeque::new(),
             cursor: 0,
+        };
+        scheduler.round_to_units();
+        scheduler.remaining = scheduler.unsent.count_ones() as u64;
+        scheduler
+    }
+
+    fn round_to_units(&mut self) {
+        for (number, region) in self.layout.regions().iter().enumerate() {
+            let Some(range) = self.layout.region_range(number) else {
+                continue;
+            };
+            if region.backing != Backing::Small {
+                let bits = &mut self.unsent[range.first.as_usize()..range.end().as_usize()];
+                for unit in bits.chunks_mut(region.backing.pages() as usize) {
+                    let any = unit.any();
+                    unit.fill(any);
+                }
+            }
         }
     }
 
@@ -72,17 +94,13 @@ impl PushScheduler {
         self.windows.push_back(window);
     }
 
-    /// The next run, of at most `pages_max` pages; `None` when all has been given out. Newest windows first.
+    /// The next run, of at most `pages_max` pages or one huge page; `None` when all has been given out. Newest windows
+    /// first.
     pub fn next(&mut self, pages_max: u64) -> Option<Batch> {
         while let Some(&window) = self.windows.back() {
             match self.first_unsent(window) {
                 Some(first) => {
-                    let range = self.run(first, window.end(), pages_max);
-                    self.take(range);
-                    return Some(Batch {
-                        range,
-                        urgency: Urgency::Window,
-                    });
+                    return Some(self.batch(first, window.end(), pages_max, Urgency::Window));
                 }
                 None => self.windows.pop_back(),
             };
@@ -95,22 +113,9 @@ impl PushScheduler {
             self.cursor = self.unsent.len();
             return None;
         };
-        let range = self.run(first, self.image().end(), pages_max);
-        self.take(range);
-        self.cursor = range.end().as_usize();
-        Some(Batch {
-            range,
-            urgency: Urgency::Rest,
-        })
-    }
-
-    /// Gives pages back that were given out and did not arrive: the connection that carried them is lost.
-    pub fn give_back(&mut self, range: PageRange) {
-        let range = range.intersect(self.image());
-        let bits = &mut self.unsent[range.first.as_usize()..range.end().as_usize()];
-        self.remaining += bits.count_zeros() as u64;
-        bits.fill(true);
-        self.cursor = self.cursor.min(range.first.as_usize());
+        let batch = self.batch(first, self.image().end(), pages_max, Urgency::Rest);
+        self.cursor = batch.range.end().as_usize();
+        Some(batch)
     }
 
     /// Pages that have not been given out.
@@ -128,11 +133,34 @@ impl PushScheduler {
             .map(|offset| PageIndex(within.first.0 + offset as u64))
     }
 
-    /// The unsent run from `first`, which is unsent, up to `end`.
-    fn run(&self, first: PageIndex, end: PageIndex, pages_max: u64) -> PageRange {
-        let end = end.0.min(first.0.saturating_add(pages_max.max(1)));
-        let bits = &self.unsent[first.as_usize()..end as usize];
-        PageRange::new(first, bits.leading_ones() as u64)
+    /// Takes the unsent run from `first`, which is unsent, up to `end` or its region's end.
+    fn batch(
+        &mut self,
+        first: PageIndex,
+        end: PageIndex,
+        pages_max: u64,
+        urgency: Urgency,
+    ) -> Batch {
+        let unit = self.layout.unit_of(first).unwrap_or(PageRange::one(first));
+        let whole = unit.count > 1;
+        let range = if whole {
+            unit
+        } else {
+            let region = self
+                .layout
+                .locate(first)
+                .and_then(|(region, _)| self.layout.region_range(region));
+            let end = region.map_or(end, |region| region.end().min(end));
+            let end = end.0.min(first.0.saturating_add(pages_max.max(1)));
+            let bits = &self.unsent[first.as_usize()..end as usize];
+            PageRange::new(first, bits.leading_ones() as u64)
+        };
+        self.take(range);
+        Batch {
+            range,
+            urgency,
+            whole,
+        }
     }
 
     fn take(&mut self, range: PageRange) {
@@ -145,6 +173,7 @@ impl PushScheduler {
 
 #[cfg(test)]
 mod tests {
+    use lazyvm_wire::Region;
     use proptest::prelude::*;
 
     use super::*;
@@ -157,9 +186,13 @@ mod tests {
         map
     }
 
+    fn scheduler(map: &PageMap) -> PushScheduler {
+        PushScheduler::new(map, Layout::flat(map.bits().len() as u64).unwrap())
+    }
+
     #[test]
     fn the_rest_goes_from_front_to_back_without_zero_pages() {
-        let mut scheduler = PushScheduler::new(&map(100, &[(3, 5), (50, 2)]));
+        let mut scheduler = scheduler(&map(100, &[(3, 5), (50, 2)]));
         let ranges: Vec<_> = std::iter::from_fn(|| scheduler.next(4))
             .map(|b| b.range)
             .collect();
@@ -169,7 +202,7 @@ mod tests {
 
     #[test]
     fn what_lies_around_a_fault_goes_first_and_the_newest_fault_leads() {
-        let mut scheduler = PushScheduler::new(&map(1000, &[(0, 1000)]));
+        let mut scheduler = scheduler(&map(1000, &[(0, 1000)]));
         scheduler.fault(PageRange::one(PageIndex(500)));
         scheduler.fault(PageRange::one(PageIndex(800)));
         let first = scheduler.next(64).unwrap();
@@ -192,7 +225,7 @@ mod tests {
 
     #[test]
     fn a_fault_at_either_end_keeps_its_window_inside_the_image() {
-        let mut scheduler = PushScheduler::new(&map(20, &[(0, 20)]));
+        let mut scheduler = scheduler(&map(20, &[(0, 20)]));
         scheduler.fault(PageRange::one(PageIndex(0)));
         scheduler.fault(PageRange::one(PageIndex(19)));
         let mut sent = 2;
@@ -202,24 +235,53 @@ mod tests {
         assert_eq!(sent, 20);
     }
 
+    #[test]
+    fn a_huge_page_goes_whole_and_not_together_with_small_ones() {
+        let region = |name: &str, pages, backing| Region {
+            name: name.to_owned(),
+            gpa: None,
+            pages,
+            backing,
+        };
+        let layout = Layout::new(vec![
+            region("low", 100, Backing::Small),
+            region("huge", 1024, Backing::Huge2M),
+        ])
+        .unwrap();
+        let mut scheduler = PushScheduler::new(&map(1124, &[(90, 20), (1000, 1)]), layout);
+        scheduler.fault(PageRange::one(PageIndex(99)));
+        let batches: Vec<_> = std::iter::from_fn(|| scheduler.next(64)).collect();
+        let shape: Vec<_> = batches
+            .iter()
+            .map(|b| (b.range.first.0, b.range.count, b.whole))
+            .collect();
+        assert_eq!(
+            shape,
+            [
+                (92, 7, false),
+                (100, 512, true),
+                (90, 2, false),
+                (612, 512, true)
+            ]
+        );
+    }
+
     #[derive(Clone, Debug)]
     enum Step {
         Fault(u64, u64),
         Next(u64),
-        GiveBack(u64, u64),
     }
 
     fn steps(pages: u64) -> impl Strategy<Value = Vec<Step>> {
         let step = prop_oneof![
             (0..pages, 1..600_u64).prop_map(|(first, count)| Step::Fault(first, count)),
             (1..64_u64).prop_map(Step::Next),
-            (0..pages, 1..40_u64).prop_map(|(first, count)| Step::GiveBack(first, count)),
         ];
         proptest::collection::vec(step, 0..200)
     }
 
     proptest! {
-        /// Against a plain array: every data page goes out exactly once unless it is given back, no other page ever.
+        /// Against a plain array: every data page goes out exactly once, no other page ever.
         #[test]
         fn each_data_page_goes_once(
             data in proptest::collection::vec((0..700_u64, 1..90_u64), 0..12),
@@ -227,7 +289,7 @@ mod tests {
         ) {
             let pages = 700;
             let map = map(pages, &data);
-            let mut scheduler = PushScheduler::new(&map);
+            let mut scheduler = scheduler(&map);
             let mut model: Vec<bool> = map.bits().iter().by_vals().collect();
             let clip = |first: u64, count: u64| first as usize..(first + count).min(pages) as usize;
             for step in steps {
@@ -245,10 +307,6 @@ mod tests {
                         }
                         None => prop_assert!(model.iter().all(|unsent| !unsent)),
                     },
-                    Step::GiveBack(first, count) => {
-                        scheduler.give_back(PageRange::new(PageIndex(first), count));
-                        model[clip(first, count)].fill(true);
-                    }
                 }
                 prop_assert_eq!(scheduler.remaining(), model.iter().filter(|unsent| **unsent).count() as u64);
             }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use lazyvm_quic::describe;
 use lazyvm_wire::control::{Hello, Lane, Rejection, Switchover, Welcome};
 use lazyvm_wire::ledger::SUPPORTED;
 use lazyvm_wire::trust::Fingerprint;
@@ -266,7 +267,10 @@ impl Session {
 
     /// Begins the push of all data pages.
     pub fn begin_push(&self, map: &PageMap) {
-        *lock(&self.push) = Some(PushScheduler::new(map));
+        *lock(&self.push) = Some(PushScheduler::new(
+            map,
+            self.config.machine.layout().clone(),
+        ));
         self.push_wake.notify_waiters();
     }
 
@@ -324,18 +328,6 @@ impl std::fmt::Debug for Session {
             .field("phase", &self.phase())
             .finish()
     }
-}
-
-/// An error with all its causes, on one line.
-pub(crate) fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 pub(crate) fn now_s() -> u64 {

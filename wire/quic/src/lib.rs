@@ -10,6 +10,8 @@ mod config;
 mod control;
 mod lane;
 mod socket;
+mod text;
+mod thread;
 mod window;
 
 pub use config::{
@@ -19,6 +21,8 @@ pub use config::{
 pub use control::{ControlReceiver, ControlSender, ControlStreamError, control_stream};
 pub use lane::lane_of_connection_id;
 pub use socket::bind;
+pub use text::describe;
+pub use thread::LaneThread;
 pub use window::FixedWindow;
 
 /// Codes that a connection is closed with (RFC 9000, section 20.2).

@@ -11,13 +11,17 @@ use tokio::sync::oneshot;
 /// What is spawned here never hops to another thread between an event and its answer; a hop costs as much as half a
 /// local fault.
 #[derive(Debug)]
-pub(crate) struct LaneThread {
+pub struct LaneThread {
     handle: Handle,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl LaneThread {
+    /// Starts the thread, `name` being what tools show of it.
+    ///
+    /// # Errors
+    /// When the system gives no thread or no event queue.
     pub fn start(name: &str) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
@@ -37,6 +41,7 @@ impl LaneThread {
         })
     }
 
+    /// To spawn on it, or to wait for it from another thread.
     pub fn handle(&self) -> &Handle {
         &self.handle
     }
