@@ -240,3 +240,12 @@ pub fn read_page(memory: &LazyMemory, page: u64) -> Vec<u8> {
         .expect("a page of the image");
     content
 }
+
+/// Waits until `done` holds; a test that waits too long fails, so that it never hangs.
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let since = std::time::Instant::now();
+    while !done() {
+        assert!(since.elapsed().as_secs() < 60, "waited for: {what}");
+        std::thread::yield_now();
+    }
+}
