@@ -1,1 +1,5 @@
-//! vmm-glue
+//! The hypervisors: what the page server and the pager need of each.
+//!
+//! [`kvm`] is lazyvm's own.
+
+pub mod kvm;

@@ -1,0 +1,12 @@
+//! What cannot be said to KVM in safe Rust.
+#![allow(unsafe_code)]
+
+mod kick;
+mod lazy;
+mod vcpu;
+mod vm;
+
+pub(super) use kick::ImmediateExit;
+pub(super) use lazy::lazy_memory;
+pub(super) use vcpu::Vcpu;
+pub(super) use vm::GuestVm;
