@@ -61,6 +61,7 @@ for_each_kind!(zero_pages_take_no_memory);
 struct Setup {
     image: Arc<Image>,
     installer: Arc<Installer>,
+    /// Behind the memory, so that it is dropped after it.
     _pool: Option<HugePages>,
 }
 
@@ -120,21 +121,17 @@ fn assert_same(installer: &Installer, image: &Image) {
 }
 
 fn touched_and_pushed_at_once(test: &str, kind: Kind) {
-    let Some(Setup {
-        image,
-        installer,
-        _pool,
-    }) = setup(test, kind, sparse)
-    else {
+    let Some(setup) = setup(test, kind, sparse) else {
         return;
     };
+    let (image, installer) = (&setup.image, &setup.installer);
     installer.apply_map(&image.map).expect("the page map");
     let to_come = installer.table().remaining();
-    let handler = Handler::start(&installer, &image);
+    let handler = Handler::start(installer, image);
     let pushed = AtomicU64::new(0);
     thread::scope(|scope| {
         for seed in 1..=3 {
-            let (installer, image) = (&installer, &image);
+            let (installer, image) = (installer, image);
             scope.spawn(move || {
                 let mut random = Random::new(seed);
                 for _ in 0..1500 {
@@ -144,7 +141,7 @@ fn touched_and_pushed_at_once(test: &str, kind: Kind) {
             });
         }
         for backwards in [false, true] {
-            let (installer, image, pushed) = (&installer, &image, &pushed);
+            let (installer, image, pushed) = (installer, image, &pushed);
             scope.spawn(move || {
                 pushed.fetch_add(push_all(installer, image, 64, backwards), Ordering::Relaxed);
             });
@@ -153,22 +150,18 @@ fn touched_and_pushed_at_once(test: &str, kind: Kind) {
     assert_eq!(installer.table().remaining(), 0);
     assert!(installer.table().is_complete());
     assert!(pushed.load(Ordering::Relaxed) <= to_come);
-    assert_same(&installer, &image);
+    assert_same(installer, image);
     installer.complete().expect("completion");
     handler.stop();
-    assert_same(&installer, &image);
+    assert_same(installer, image);
 }
 
 fn late_duplicates_leave_writes_alone(test: &str, kind: Kind) {
-    let Some(Setup {
-        image,
-        installer,
-        _pool,
-    }) = setup(test, kind, |_| false)
-    else {
+    let Some(setup) = setup(test, kind, |_| false) else {
         return;
     };
-    let handler = Handler::start(&installer, &image);
+    let (image, installer) = (&setup.image, &setup.installer);
+    let handler = Handler::start(installer, image);
     let memory = installer.memory();
     let pages = image.layout.pages();
     let mark = |writer: u64, page: u64| writer << 32 | page;
@@ -187,11 +180,11 @@ fn late_duplicates_leave_writes_alone(test: &str, kind: Kind) {
             });
         }
         for pages in [1, 16, 64, 256] {
-            let (installer, image) = (&installer, &image);
+            let (installer, image) = (installer, image);
             scope.spawn(move || push_all(installer, image, pages, pages == 16));
         }
     });
-    assert_eq!(push_all(&installer, &image, 64, false), 0, "all was here");
+    assert_eq!(push_all(installer, image, 64, false), 0, "all was here");
     for page in 0..pages {
         let content = read_page(memory, page);
         assert_eq!(content[..8], mark(page % 3, page).to_ne_bytes());
@@ -201,15 +194,11 @@ fn late_duplicates_leave_writes_alone(test: &str, kind: Kind) {
 }
 
 fn zero_pages_take_no_memory(test: &str, kind: Kind) {
-    let Some(Setup {
-        image,
-        installer,
-        _pool,
-    }) = setup(test, kind, |page| page >= 48 + 16)
-    else {
+    let Some(setup) = setup(test, kind, |page| page >= 48 + 16) else {
         return;
     };
-    let handler = Handler::start(&installer, &image);
+    let (image, installer) = (&setup.image, &setup.installer);
+    let handler = Handler::start(installer, image);
     installer.apply_map(&image.map).expect("the page map");
     let high = image.layout.region_range(1).expect("a region");
     let unit = installer.table().unit_of(high.first).expect("a unit").count;
@@ -234,8 +223,8 @@ fn zero_pages_take_no_memory(test: &str, kind: Kind) {
         let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().expect("metadata"));
         assert_eq!(blocks * 512, filled * PAGE_SIZE as u64);
     }
-    push_all(&installer, &image, 64, false);
+    push_all(installer, image, 64, false);
     installer.complete().expect("completion");
     handler.stop();
-    assert_same(&installer, &image);
+    assert_same(installer, image);
 }

@@ -1,23 +1,25 @@
 //! A pool of huge pages for as long as a test needs it.
 
-use std::fs;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::fs::{self, File};
+
+use nix::fcntl::{Flock, FlockArg};
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
-/// One test at a time changes the size of the pool.
-static TURN: Mutex<()> = Mutex::new(());
-
-/// Puts the pool back to its size when dropped.
+/// Puts the pool back to its size when dropped, which must be after all that uses it.
+///
+/// One at a time, in all test programs of the machine.
 pub struct HugePages {
     before: u64,
-    _turn: MutexGuard<'static, ()>,
+    _turn: Flock<File>,
 }
 
 impl HugePages {
     /// Makes the pool larger by `count` huge pages of 2 MiB; `None`, with a loud word, where that can't be.
     pub fn more(test: &str, count: u64) -> Option<Self> {
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = std::env::temp_dir().join("lazyvm-tests-hugepages.lock");
+        let file = File::create(path).expect("a lock file");
+        let turn = Flock::lock(file, FlockArg::LockExclusive).expect("a lock");
         let before = size();
         let pool = Self {
             before,
