@@ -373,11 +373,13 @@ impl Installer {
     pub fn complete(&self) -> Result<(), CompleteError> {
         self.let_events_through()
             .map_err(|error| CompleteError::Install(error.into()))?;
-        if let Some(first) = self.table.missing().next() {
-            return Err(CompleteError::Incomplete {
-                remaining: self.table.remaining(),
-                first,
-            });
+        let mut patience = Patience::new();
+        while let Some(first) = self.table.missing().next() {
+            // With nothing more to come, it is a zero page that another thread fills right now.
+            let remaining = self.table.remaining();
+            if remaining > 0 || !patience.wait() {
+                return Err(CompleteError::Incomplete { remaining, first });
+            }
         }
         if self.memory().mode() == InstallMode::Minor {
             self.clear_zeros()?;

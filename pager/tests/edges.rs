@@ -86,8 +86,8 @@ fn stale_pages_of_a_precopy_are_written_over() {
         }
     };
     check();
-    installer.complete().expect("completion");
     handler.stop();
+    installer.complete().expect("completion");
     check();
     // Zero pages that nobody touched before: their stale bytes are gone from the file too.
     for page in (0..image.layout.pages()).filter(|page| page % 20 == 1) {
@@ -128,8 +128,8 @@ fn stale_huge_pages_are_written_over() {
             "page {page}"
         );
     }
-    installer.complete().expect("completion");
     handler.stop();
+    installer.complete().expect("completion");
     assert!(read_page(installer.memory(), 48 + 1536) == [0; PAGE_SIZE]);
 }
 
@@ -288,6 +288,7 @@ fn what_is_not_complete_is_not_let_go() {
     for page in 48 + PAGES - 3..48 + PAGES {
         assert!(read_page(installer.memory(), page) == image.page(page));
     }
+    // With the handler, what it was doing has ended.
     handler.stop();
     installer.complete().expect("completion");
     assert!(read_page(installer.memory(), 0) == [0; PAGE_SIZE]);

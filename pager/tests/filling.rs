@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use common::{Handler, HugePages, Image, Kind, Random, installer, read_page};
+use common::{Handler, HugePages, Image, Kind, Random, installer, read_page, until};
 use lazyvm_pager::install::Installer;
 use lazyvm_pager::table::PageState;
 use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange};
@@ -147,8 +147,9 @@ fn touched_and_pushed_at_once(test: &str, kind: Kind) {
             });
         }
     });
+    // A touch goes on as soon as its page is there; the table learns of it a moment later.
+    until("all is here", || installer.table().is_complete());
     assert_eq!(installer.table().remaining(), 0);
-    assert!(installer.table().is_complete());
     assert!(pushed.load(Ordering::Relaxed) <= to_come);
     assert_same(installer, image);
     installer.complete().expect("completion");
@@ -209,10 +210,8 @@ fn zero_pages_take_no_memory(test: &str, kind: Kind) {
     );
     let touched = high.end().0 - 3;
     assert!(read_page(installer.memory(), touched) == vec![0; PAGE_SIZE]);
-    // The touch goes on as soon as the page is there; the table learns of it a moment later.
-    while installer.table().state(PageIndex(touched)) != Some(PageState::Present) {
-        thread::yield_now();
-    }
+    let here = || installer.table().state(PageIndex(touched)) == Some(PageState::Present);
+    until("the touched page is here", here);
     let filled: u64 = installer
         .table()
         .runs(|state| state == PageState::Present)

@@ -84,6 +84,8 @@ fn discarded_while_pushed(test: &str, kind: Kind, pages: u64, advice: MmapAdvise
         );
     }
     assert!(handler.removed_pages.load(Ordering::Relaxed) <= 60 * 6 * unit);
+    // A touch goes on as soon as its page is there; the table learns of it a moment later.
+    until("all is here", || installer.table().is_complete());
     assert_eq!(installer.table().remaining(), 0);
     installer.complete().expect("completion");
     handler.stop();

@@ -1,7 +1,7 @@
 //! What the tests of installing share: an image, memory of every kind, and a handler thread that serves faults.
 
 // Each test program uses its own part of this.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
 
 pub mod huge;
 pub mod sys;
