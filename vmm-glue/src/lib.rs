@@ -3,3 +3,4 @@
 //! [`kvm`] is lazyvm's own.
 
 pub mod kvm;
+pub mod plain;

@@ -10,7 +10,6 @@ use vmm_sys_util::errno;
 const LEAF_VENDOR: u32 = 0;
 const LEAF_FEATURES: u32 = 1;
 const LEAF_CACHES: u32 = 4;
-const LEAF_STRUCTURED_FEATURES: u32 = 7;
 const LEAF_PERFMON: u32 = 0xa;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
@@ -20,9 +19,8 @@ const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 
 const FEATURE_ECX_VMX: u32 = 1 << 5;
 const FEATURE_ECX_TSC_DEADLINE: u32 = 1 << 24;
-// These two show bits of the vCPU's CR4; KVM keeps them up to date.
+/// Shows a bit of the vCPU's CR4; KVM keeps it up to date.
 const FEATURE_ECX_OSXSAVE: u32 = 1 << 27;
-const STRUCTURED_ECX_OSPKE: u32 = 1 << 4;
 const FEATURE_ECX_HYPERVISOR: u32 = 1 << 31;
 const FEATURE_EDX_HTT: u32 = 1 << 28;
 const EXTENDED_ECX_SVM: u32 = 1 << 2;
@@ -86,30 +84,6 @@ pub(super) fn for_vcpu(machine: &[kvm_cpuid_entry2], id: u32) -> Vec<kvm_cpuid_e
                 entry.eax = id;
                 // One thread in each core; the core is the vCPU.
                 entry.ebx = id & 0xff;
-            }
-            _ => {}
-        }
-    }
-    entries
-}
-
-/// The inverse of [`for_vcpu`], and without what the guest's own control registers show through in CPUID, so that
-/// a vCPU's CPUID can be compared with a machine's.
-pub(super) fn without_vcpu(vcpu: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
-    let mut entries = vcpu.to_vec();
-    for entry in &mut entries {
-        match entry.function {
-            LEAF_FEATURES => {
-                entry.ebx &= 0x00ff_ffff;
-                entry.ecx &= !FEATURE_ECX_OSXSAVE;
-            }
-            LEAF_STRUCTURED_FEATURES if entry.index == 0 => {
-                entry.ecx &= !STRUCTURED_ECX_OSPKE;
-            }
-            LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 => entry.edx = 0,
-            LEAF_AMD_TOPOLOGY => {
-                entry.eax = 0;
-                entry.ebx &= !0xff;
             }
             _ => {}
         }
@@ -221,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn each_vcpu_has_its_own_number_and_comparing_takes_it_away_again() {
+    fn each_vcpu_has_its_own_number_and_the_host_does_not_show_through() {
         let host = [
             entry(1, 0, [0x000a_0671, 0x0702_0800, 0x8120_2020, 0x0f8b_fbff]),
             entry(0xb, 0, [4, 8, 0x101, 7]),
@@ -244,8 +218,6 @@ mod tests {
         assert!(leaf(&third, 0xb, 2).is_none());
         assert_eq!(leaf(&third, 0x8000_0001, 0).unwrap().ecx & EXTENDED_ECX_SVM, 0);
         assert!(has_pages_1g(&third));
-
-        assert_eq!(without_vcpu(&third), without_vcpu(&for_vcpu(&machine, 0)));
     }
 
     #[test]

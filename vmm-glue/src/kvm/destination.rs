@@ -7,7 +7,7 @@ use lazyvm_pager::port::{DestinationMachine, MachineError};
 use lazyvm_pager::{InstallMode, LazyMemory};
 use lazyvm_wire::{Layout, MachineOffer};
 
-use super::compatibility::{Compatibility, CompatibilityError, Host};
+use super::compatibility::{Compatibility, CompatibilityError};
 use super::hardware::{HardwareError, Hypervisor};
 use super::machine::{AssembleError, Machine, OperationError};
 use super::memory::{GuestRam, MemoryError};
@@ -59,16 +59,13 @@ pub enum LoadStateError {
     #[error("cannot read the machine's state")]
     Decode(#[from] DecodeError),
     /// It is another machine's.
-    #[error("the state is of a machine with {state}, and one with {prepared} was prepared")]
+    #[error("the state is of another machine ({state}) than the one that was announced ({prepared})")]
     Shape {
         /// What the state says.
         state: String,
         /// What was prepared.
         prepared: String,
     },
-    /// It does not fit this host.
-    #[error("the machine cannot run on this host")]
-    Compatibility(#[from] CompatibilityError),
     /// KVM refused a part.
     #[error("cannot load the machine's state")]
     Transfer(#[from] TransferError),
@@ -92,14 +89,13 @@ impl ArrivingMachine {
 #[derive(Debug)]
 pub struct Destination {
     config: DestinationConfig,
-    host: Option<Host>,
     machine: ArrivingMachine,
 }
 
 impl Destination {
     /// Nothing is made yet.
     pub fn new(config: DestinationConfig) -> Self {
-        Self { config, host: None, machine: ArrivingMachine::default() }
+        Self { config, machine: ArrivingMachine::default() }
     }
 
     /// Where the machine will be found. Its memory counts as incomplete until
@@ -119,8 +115,7 @@ impl Destination {
     ) -> Result<LazyMemory, PrepareError> {
         let needs = Compatibility::read(offer)?;
         let hypervisor = Hypervisor::open()?;
-        let host = hypervisor.host(needs.cpus)?;
-        needs.check(&host)?;
+        needs.check(&hypervisor.host(needs.cpus)?)?;
         let ram = Arc::new(GuestRam::like(layout)?);
         let hardware = hypervisor.build(Arc::clone(&ram), needs)?;
         let machine = Machine::assemble(
@@ -129,7 +124,6 @@ impl Destination {
             &self.config.serial,
             self.config.control.clone(),
         )?;
-        self.host = Some(host);
         self.machine.0.set(machine).map_err(|_| PrepareError::Twice)?;
         Ok(sys::lazy_memory(&ram, self.config.install)?)
     }
@@ -139,12 +133,9 @@ impl Destination {
     /// # Errors
     /// [`LoadStateError`]; the machine is of no use then.
     pub fn load_state(&mut self, bytes: &[u8]) -> Result<(), LoadStateError> {
-        let (Some(machine), Some(host)) = (self.machine.get(), &self.host) else {
-            return Err(LoadStateError::NotPrepared);
-        };
+        let machine = self.machine.get().ok_or(LoadStateError::NotPrepared)?;
         let state = state::decode(bytes)?;
         machine.shared().check_shape(&state)?;
-        state.needs().check(host)?;
         machine.shared().load_state(&state)
     }
 }

@@ -148,10 +148,25 @@ impl Hypervisor {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.fd().create_pit2(pit).map_err(step("make the timer"))?;
         let vcpus = (0..needs.cpus)
-            .map(|id| vm.create_vcpu(id).map_err(step("make a vCPU")))
+            .map(|id| build_vcpu(&vm, id, &needs))
             .collect::<Result<_, _>>()?;
         Ok(Hardware { vm, vcpus, needs, msr_indices })
     }
+}
+
+/// Makes a vCPU and tells it what it is.
+///
+/// The machine keeps the CPUID that it was made with, rather than ask KVM for it later: the answer then has bits of
+/// the vCPU's control registers in it, and with some of KVM's back ends bits of the host's.
+fn build_vcpu(vm: &Arc<GuestVm>, id: u32, needs: &Compatibility) -> Result<Vcpu, HardwareError> {
+    let vcpu = vm.create_vcpu(id).map_err(step("make a vCPU"))?;
+    let cpuid = cpuid::to_kvm(&cpuid::for_vcpu(&needs.cpuid, id))
+        .ok_or_else(|| step("take so long a CPUID")(errno::Error::new(nix::libc::E2BIG)))?;
+    vcpu.fd.set_cpuid2(&cpuid).map_err(step("set the CPUID"))?;
+    if vcpu.fd.get_tsc_khz().map_err(step("tell the rate of the TSC"))? != needs.tsc_khz {
+        vcpu.fd.set_tsc_khz(needs.tsc_khz).map_err(step("set the rate of the TSC"))?;
+    }
+    Ok(vcpu)
 }
 
 /// A machine's hardware.

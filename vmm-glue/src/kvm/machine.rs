@@ -13,19 +13,21 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::boot::{self, LoadError, Payload};
+use super::compatibility::{self, Compatibility};
 use super::control::server::ControlServer;
 use super::control::{RunState, Status};
 use super::destination::LoadStateError;
+use super::devices::Devices;
 use super::exit::ExitReason;
 use super::gate::{Gate, Phase};
 use super::hardware::{Hardware, HardwareError, Hypervisor};
 use super::lock;
 use super::memory::{GuestRam, MemoryError};
 use super::serial::{self, Console, SerialTarget};
-use super::state::{self, MachineState, TransferError};
+use super::state::{self, MachineState, Shape, TransferError};
 use super::sys::{GuestVm, Vcpu};
 use super::vcpu::Slot;
-use super::{compatibility, devices::Devices};
+
 
 /// How often held-back console output is written out.
 const HOUSEKEEPING: Duration = Duration::from_millis(100);
@@ -151,7 +153,7 @@ pub(super) struct Shared {
     payload: Mutex<String>,
     offer: MachineOffer,
     vm: Arc<GuestVm>,
-    cpus: u32,
+    needs: Compatibility,
     msr_indices: Vec<u32>,
     slots: Vec<Slot>,
     gate: Gate,
@@ -220,10 +222,10 @@ impl Machine {
             payload: Mutex::new(payload),
             offer: needs.offer()?,
             vm,
-            cpus: needs.cpus,
+            gate: Gate::new(needs.cpus, Phase::Incoming),
+            needs,
             msr_indices,
             slots,
-            gate: Gate::new(needs.cpus, Phase::Incoming),
             devices: Devices::new(console),
             threads: Mutex::new(Vec::new()),
             operation: Mutex::new(()),
@@ -440,7 +442,12 @@ impl Shared {
         let vcpus: Vec<_> = self.slots.iter().map(|slot| lock(&slot.vcpu)).collect();
         let vcpus: Vec<&Vcpu> = vcpus.iter().map(|vcpu| &**vcpu).collect();
         let console = self.devices.console().state();
-        Ok(state::take(&self.vm, &vcpus, &self.msr_indices, &lock(&self.payload), console)?)
+        let shape = Shape {
+            layout: self.ram().layout().clone(),
+            payload: lock(&self.payload).clone(),
+        };
+        let needs = self.needs.clone();
+        Ok(state::take(&self.vm, &vcpus, &self.msr_indices, shape, needs, console)?)
     }
 
     /// Ends a machine that runs elsewhere now.
@@ -493,7 +500,7 @@ impl Shared {
             kind: compatibility::KIND.to_owned(),
             state,
             payload: lock(&self.payload).clone(),
-            cpus: self.cpus,
+            cpus: self.needs.cpus,
             memory_bytes: self.ram().layout().bytes(),
             memory_complete: self.memory_complete.load(Ordering::Acquire),
             handed_out: self.handed_out.load(Ordering::Acquire),
@@ -518,15 +525,16 @@ impl Shared {
 
     /// Whether a state is of a machine like this one.
     pub(super) fn check_shape(&self, state: &MachineState) -> Result<(), LoadStateError> {
-        let describe = |cpus: u32, layout: &Layout| {
+        let describe = |needs: &Compatibility, layout: &Layout| {
+            let (cpus, bytes) = (needs.cpus, layout.bytes());
             let regions = layout.regions().len();
-            format!("{cpus} vCPUs and {} bytes of memory in {regions} regions", layout.bytes())
+            format!("{cpus} vCPUs and {bytes} bytes of memory in {regions} regions")
         };
         let layout = self.ram().layout();
-        if state.shape.cpus != self.cpus || state.shape.layout != *layout {
+        if state.needs != self.needs || state.shape.layout != *layout {
             return Err(LoadStateError::Shape {
-                state: describe(state.shape.cpus, &state.shape.layout),
-                prepared: describe(self.cpus, layout),
+                state: describe(&state.needs, &state.shape.layout),
+                prepared: describe(&self.needs, layout),
             });
         }
         Ok(())

@@ -8,7 +8,7 @@ mod zero_page;
 use std::io;
 use std::path::PathBuf;
 
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_cpuid_entry2, kvm_mp_state, kvm_msr_entry, kvm_regs};
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_msr_entry, kvm_regs};
 use vmm_sys_util::errno;
 
 use super::cpuid;
@@ -136,8 +136,7 @@ pub(super) struct Entry {
 /// Puts `payload` into the memory and sets every vCPU's first registers.
 pub(super) fn load(hardware: &Hardware, payload: &Payload) -> Result<(), LoadError> {
     let ram = hardware.vm.ram();
-    let machine_cpuid = &hardware.needs.cpuid;
-    long_mode::write_tables(ram, cpuid::has_pages_1g(machine_cpuid))?;
+    long_mode::write_tables(ram, cpuid::has_pages_1g(&hardware.needs.cpuid))?;
     // A vCPU without an entry waits for the first one to start it, as real ones do.
     let entries: Vec<Option<Entry>> = match payload {
         Payload::Touch(config) => touch::load(
@@ -156,7 +155,7 @@ pub(super) fn load(hardware: &Hardware, payload: &Payload) -> Result<(), LoadErr
         Payload::Flat(path) => first(hardware, kernel::load_flat(ram, path)?),
     };
     for ((cpu, vcpu), entry) in (0_u32..).zip(&hardware.vcpus).zip(entries) {
-        set_registers(vcpu, cpu, machine_cpuid, entry)
+        set_registers(vcpu, entry)
             .map_err(|(part, source)| LoadError::Register { part, cpu, source })?;
     }
     Ok(())
@@ -167,20 +166,12 @@ fn first(hardware: &Hardware, entry: Entry) -> Vec<Option<Entry>> {
 }
 
 /// What firmware leaves behind.
-fn set_registers(
-    vcpu: &Vcpu,
-    cpu: u32,
-    machine_cpuid: &[kvm_cpuid_entry2],
-    entry: Option<Entry>,
-) -> Result<(), (&'static str, errno::Error)> {
+fn set_registers(vcpu: &Vcpu, entry: Option<Entry>) -> Result<(), (&'static str, errno::Error)> {
     const MISC_ENABLE: kvm_msr_entry =
         kvm_msr_entry { index: 0x1a0, reserved: 0, data: 1 /* fast strings */ };
     const MTRR_DEFAULT_TYPE: kvm_msr_entry =
         kvm_msr_entry { index: 0x2ff, reserved: 0, data: (1 << 11) | 6 /* on, write-back */ };
     let fd = &vcpu.fd;
-    let cpuid = cpuid::to_kvm(&cpuid::for_vcpu(machine_cpuid, cpu))
-        .ok_or(("CPUID", errno::Error::new(nix::libc::E2BIG)))?;
-    fd.set_cpuid2(&cpuid).map_err(|error| ("CPUID", error))?;
     let msrs = kvm_bindings::Msrs::from_entries(&[MISC_ENABLE, MTRR_DEFAULT_TYPE])
         .map_err(|_| ("MSRs", errno::Error::new(nix::libc::E2BIG)))?;
     fd.set_msrs(&msrs).map_err(|error| ("MSRs", error))?;

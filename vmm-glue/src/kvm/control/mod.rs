@@ -20,6 +20,7 @@
 //! Any change to the messages that an old peer would misread is a new [`CONTROL_VERSION`].
 
 mod client;
+mod offer_text;
 pub(super) mod server;
 
 use lazyvm_wire::{Layout, MachineOffer};
@@ -88,6 +89,7 @@ pub struct MemoryInfo {
     /// How the file's bytes lie in guest-physical memory: byte `n` of the image is byte `n` of the file.
     pub layout: Layout,
     /// What a destination checks before the pause.
+    #[serde(with = "offer_text")]
     pub offer: MachineOffer,
 }
 

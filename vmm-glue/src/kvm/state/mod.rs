@@ -20,7 +20,6 @@ pub(super) use vcpu::VcpuState;
 pub(super) use vm::VmState;
 
 use super::compatibility::Compatibility;
-use super::cpuid;
 use super::serial::ConsoleState;
 use super::sys::{GuestVm, Vcpu};
 
@@ -34,16 +33,17 @@ const HEADER_BYTES: usize = 8 + 4 + 8 + 8;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MachineState {
     pub(super) shape: Shape,
+    /// With its CPUID, which is the same for each vCPU but for its number.
+    pub(super) needs: Compatibility,
     pub(super) vm: VmState,
     pub(super) vcpus: Vec<VcpuState>,
     pub(super) console: ConsoleState,
 }
 
-/// What must be the same before state is loaded.
+/// What the machine is, for people and for whoever makes one like it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Shape {
     pub(super) layout: Layout,
-    pub(super) cpus: u32,
     /// What runs in it, for people.
     pub(super) payload: String,
 }
@@ -138,14 +138,6 @@ pub enum TransferError {
         /// The value.
         value: u64,
     },
-    /// A list that is longer than KVM takes.
-    #[error("the {part} of vCPU {cpu} is longer than KVM takes")]
-    TooMany {
-        /// Which list.
-        part: &'static str,
-        /// Which vCPU.
-        cpu: u32,
-    },
 }
 
 impl MachineState {
@@ -164,21 +156,11 @@ impl MachineState {
         Ok(bytes)
     }
 
-    /// What it needs of the host it is loaded on.
-    pub(super) fn needs(&self) -> Compatibility {
-        let first = self.vcpus.first();
-        Compatibility {
-            cpus: self.shape.cpus,
-            tsc_khz: first.map_or(0, VcpuState::tsc_khz),
-            xsave_bytes: first.map_or(0, VcpuState::xsave_bytes),
-            cpuid: first.map_or_else(Vec::new, |vcpu| cpuid::without_vcpu(&vcpu.cpuid)),
-        }
-    }
-
     /// Whether nothing in it contradicts the rest.
     fn check(self) -> Result<Self, BodyError> {
-        if self.shape.cpus as usize != self.vcpus.len() || self.vcpus.is_empty() {
-            return Err(BodyError::Cpus { cpus: self.shape.cpus, found: self.vcpus.len() });
+        let cpus = self.needs.cpus;
+        if cpus as usize != self.vcpus.len() || self.vcpus.is_empty() {
+            return Err(BodyError::Cpus { cpus, found: self.vcpus.len() });
         }
         Ok(self)
     }
@@ -232,15 +214,13 @@ pub(super) fn take(
     vm: &GuestVm,
     vcpus: &[&Vcpu],
     msr_indices: &[u32],
-    payload: &str,
+    shape: Shape,
+    needs: Compatibility,
     console: ConsoleState,
 ) -> Result<MachineState, TransferError> {
     Ok(MachineState {
-        shape: Shape {
-            layout: vm.ram().layout().clone(),
-            cpus: vcpus.len() as u32,
-            payload: payload.to_owned(),
-        },
+        shape,
+        needs,
         vcpus: vcpu::take_all(vcpus, msr_indices)?,
         vm: VmState::take(vm.fd())?,
         console,

@@ -1,24 +1,22 @@
-//! One vCPU's state, and the order in which its parts are taken and loaded.
+//! One vCPU's state, and the order in which its parts are taken and loaded. Its CPUID is no part of it: that is the
+//! machine's (`hardware`), and set before anything else, since KVM checks the other parts against it.
 //!
 //! The orders follow Firecracker (`src/vmm/src/arch/x86_64/vcpu.rs`, `save_state` and `restore_state`) and QEMU
 //! (`target/i386/kvm/kvm.c`, `kvm_arch_put_registers`), for the reasons beside each step.
 
 use kvm_bindings::{
-    CpuId, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
     kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
 
-use super::super::cpuid;
 use super::super::sys::Vcpu;
 use super::{TransferError, msr};
 
 /// See the module.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(in crate::kvm) struct VcpuState {
-    pub(in crate::kvm) cpuid: Vec<kvm_cpuid_entry2>,
-    tsc_khz: u32,
     mp_state: kvm_mp_state,
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -36,18 +34,6 @@ pub(in crate::kvm) struct VcpuState {
     /// When the local APIC's timer fires, by the guest's TSC; `None` without such a timer.
     tsc_deadline: Option<u64>,
     events: kvm_vcpu_events,
-}
-
-impl VcpuState {
-    /// The rate of its TSC, in kHz.
-    pub(super) fn tsc_khz(&self) -> u32 {
-        self.tsc_khz
-    }
-
-    /// The length of its extended state, in bytes.
-    pub(super) fn xsave_bytes(&self) -> u32 {
-        (self.xsave.len() * size_of::<u32>()) as u32
-    }
 }
 
 /// Takes every vCPU's state. None of them may be running.
@@ -108,21 +94,13 @@ fn take(vcpu: &Vcpu, msr_indices: &[u32], tsc_ahead: Option<u64>) -> Result<Vcpu
     let debug_regs = fd.get_debug_regs().map_err(part("debug registers"))?;
     let xcrs = fd.get_xcrs().map_err(part("extended control registers"))?;
     let xsave = vcpu.xsave().map_err(part("extended state"))?;
-    let tsc_khz = fd.get_tsc_khz().map_err(part("TSC rate"))?;
     let lapic = fd.get_lapic().map_err(part("local APIC"))?;
     let msrs = msr::read(fd, msr_indices).map_err(part("MSRs"))?;
     let tsc_deadline = msr::read_one(fd, msr::TSC_DEADLINE).map_err(part("MSRs"))?;
     let tsc = msr::read_one(fd, msr::TSC).map_err(part("TSC"))?.unwrap_or(0);
-    let cpuid = fd
-        .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-        .map_err(part("CPUID"))?
-        .as_slice()
-        .to_vec();
     // Last: the others may raise events.
     let events = fd.get_vcpu_events().map_err(part("events"))?;
     Ok(VcpuState {
-        cpuid,
-        tsc_khz,
         mp_state,
         regs,
         sregs,
@@ -139,9 +117,7 @@ fn take(vcpu: &Vcpu, msr_indices: &[u32], tsc_ahead: Option<u64>) -> Result<Vcpu
 }
 
 fn load(vcpu: &Vcpu, cpu: u32, state: &VcpuState) -> Result<(), TransferError> {
-    let cpuid = cpuid::to_kvm(&state.cpuid)
-        .ok_or(TransferError::TooMany { part: "CPUID", cpu })?;
-    load_parts(vcpu, state, &cpuid).map_err(|(part, source)| TransferError::Vcpu {
+    load_parts(vcpu, state).map_err(|(part, source)| TransferError::Vcpu {
         verb: "take",
         part,
         cpu,
@@ -157,17 +133,8 @@ fn load(vcpu: &Vcpu, cpu: u32, state: &VcpuState) -> Result<(), TransferError> {
     })
 }
 
-fn load_parts(
-    vcpu: &Vcpu,
-    state: &VcpuState,
-    cpuid: &CpuId,
-) -> Result<(), Failed> {
+fn load_parts(vcpu: &Vcpu, state: &VcpuState) -> Result<(), Failed> {
     let fd = &vcpu.fd;
-    // First: the other parts are checked against it.
-    fd.set_cpuid2(cpuid).map_err(part("CPUID"))?;
-    if fd.get_tsc_khz().map_err(part("TSC rate"))? != state.tsc_khz {
-        fd.set_tsc_khz(state.tsc_khz).map_err(part("TSC rate"))?;
-    }
     fd.set_mp_state(state.mp_state).map_err(part("multi-processor state"))?;
     fd.set_regs(&state.regs).map_err(part("registers"))?;
     fd.set_sregs(&state.sregs).map_err(part("system registers"))?;
