@@ -63,6 +63,13 @@ proptest! {
                 }
             }
             page += region.pages;
+            // Behind its last byte is the next region, or a hole.
+            if let Some(gpa) = region.gpa {
+                let end = Gpa(gpa.0 + region.pages * PAGE_SIZE as u64);
+                let next = layout.regions().get(number + 1);
+                let follows = next.is_some_and(|next| next.gpa == Some(end));
+                prop_assert_eq!(layout.page_of(end), follows.then_some(PageIndex(page)));
+            }
         }
         prop_assert_eq!(layout.pages(), page);
         prop_assert_eq!(layout.bytes(), page * PAGE_SIZE as u64);

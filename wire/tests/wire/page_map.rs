@@ -140,7 +140,7 @@ fn broken_rows_are_refused_where_they_break() {
     let cases: [(&str, u64, Vec<u8>, usize); 13] = [
         ("nothing", 100, vec![], 0),
         ("an unknown tag", 100, vec![4, 1], 1),
-        ("no block", 100, vec![0, 0], 2),
+        ("no block", 100, vec![0, 0, 0, 1], 2),
         ("more blocks than there are", 100, vec![1, 2], 2),
         ("a count without its end", 100, vec![0, 0x80], 2),
         (
@@ -197,4 +197,20 @@ fn a_map_of_bits_that_begin_within_a_word_is_theirs() {
     }
     assert_eq!(map, expected);
     assert_eq!(map.encode(), expected.encode());
+}
+
+#[test]
+fn a_block_of_runs_is_never_longer_than_its_bits() {
+    // Every eighth page: a byte a run, behind a tag and a count of two bytes; three for the zeros that are left.
+    let with_runs = |runs: u64| {
+        let mut map = PageMap::zeroed(BLOCK);
+        for data in 0..runs / 2 {
+            map.set_data(range(8 * data + 7, 1));
+        }
+        map.encode()
+    };
+    let longest = with_runs(4091);
+    assert_eq!((longest[0], longest.len()), (2, 4096));
+    let bits = with_runs(4093);
+    assert_eq!((bits[0], bits.len()), (3, 4097));
 }

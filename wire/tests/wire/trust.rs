@@ -53,6 +53,8 @@ fn connect(
             return Err(Box::new((at_client, at_server)));
         }
     }
+    // What a server sends after the handshake: tickets to resume the session, if it gives any.
+    carry(&mut server, &mut client).unwrap();
     Ok((client, server))
 }
 
@@ -98,17 +100,23 @@ fn another_servers_key_is_refused() {
 #[test]
 fn the_pinned_certificate_without_its_key_is_refused() {
     let (source, thief, destination) = (identity(), identity(), identity());
-    let server = ServerConfig::builder_with_provider(Arc::new(default_provider()))
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .with_no_client_auth()
-        .with_cert_resolver(stolen(&source, &thief));
+    let server = plain_server(&source, &rustls::version::TLS13, &thief);
     let client = destination.client_config(source.fingerprint()).unwrap();
-    let (at_client, _) = *handshake(client, with_alpn(server)).unwrap_err();
+    let (at_client, _) = *handshake(client, server).unwrap_err();
     assert_eq!(at_client, Some(CertificateError::BadSignature.into()));
 }
 
-fn with_alpn(mut server: ServerConfig) -> ServerConfig {
+/// A server of another make, which shows `source`'s certificate and has `held`'s key.
+fn plain_server(
+    source: &Identity,
+    version: &'static SupportedProtocolVersion,
+    held: &Identity,
+) -> ServerConfig {
+    let mut server = ServerConfig::builder_with_provider(Arc::new(default_provider()))
+        .with_protocol_versions(&[version])
+        .unwrap()
+        .with_no_client_auth()
+        .with_cert_resolver(stolen(source, held));
     server.alpn_protocols = vec![ALPN.to_vec()];
     server
 }
@@ -178,13 +186,9 @@ fn no_side_speaks_tls_1_2() {
         "{at_server:?}"
     );
 
-    let old_server = ServerConfig::builder_with_provider(Arc::new(default_provider()))
-        .with_protocol_versions(&[&rustls::version::TLS12])
-        .unwrap()
-        .with_no_client_auth()
-        .with_cert_resolver(stolen(&source, &source));
+    let old_server = plain_server(&source, &rustls::version::TLS12, &source);
     let client = destination.client_config(source.fingerprint()).unwrap();
-    let (_, at_server) = *handshake(client, with_alpn(old_server)).unwrap_err();
+    let (_, at_server) = *handshake(client, old_server).unwrap_err();
     assert!(
         matches!(at_server, Some(Error::PeerIncompatible(_))),
         "{at_server:?}"
@@ -203,13 +207,26 @@ fn another_generation_of_the_protocol_is_refused() {
 #[test]
 fn each_connection_proves_both_keys_anew() {
     let (source, destination) = (identity(), identity());
-    let client = Arc::new(destination.client_config(source.fingerprint()).unwrap());
-    let server = Arc::new(source.server_config().unwrap());
-    for _ in 0..2 {
-        let (client, server) = connect(&client, &server).unwrap();
-        assert_eq!(client.handshake_kind(), Some(HandshakeKind::Full));
-        assert_eq!(server.handshake_kind(), Some(HandshakeKind::Full));
-    }
+    let client = destination.client_config(source.fingerprint()).unwrap();
+    let server = source.server_config().unwrap();
+    let certificates = stolen(&destination, &destination);
+    let other_client = plain_client(&source, &rustls::version::TLS13, certificates);
+    let other_server = plain_server(&source, &rustls::version::TLS13, &source);
+    assert_eq!(
+        second_handshake(other_client.clone(), other_server.clone()),
+        HandshakeKind::Resumed,
+        "rustls on its own resumes, else this test shows nothing"
+    );
+    // Either side alone sees to it.
+    assert_eq!(second_handshake(client, other_server), HandshakeKind::Full);
+    assert_eq!(second_handshake(other_client, server), HandshakeKind::Full);
+}
+
+fn second_handshake(client: ClientConfig, server: ServerConfig) -> HandshakeKind {
+    let (client, server) = (Arc::new(client), Arc::new(server));
+    connect(&client, &server).unwrap();
+    let (client, _) = connect(&client, &server).unwrap();
+    client.handshake_kind().unwrap()
 }
 
 #[test]
