@@ -4,22 +4,25 @@
 //! is written over what the guest has changed since. It is idempotent, it wakes who waits, and it may be called from
 //! any thread, several at a time.
 //!
-//! In [`InstallMode::Minor`] a page goes in through `UFFDIO_COPY` too where the file has a hole, which is faster
+//! In [`InstallMode::Minor`](crate::memory::InstallMode::Minor) a page goes in through `UFFDIO_COPY` too where the file has a hole, which is faster
 //! (1.1 µs a page in runs of 64, against 1.25 µs for `pwrite` and `UFFDIO_CONTINUE`, and 1.4 against 1.8 µs for a
 //! single page), and puts it into the file and into the map at once. Only where the file holds an older copy is it
 //! written through the file and mapped with `UFFDIO_CONTINUE`.
 
-use std::io::{self, IoSlice};
+mod complete;
+mod error;
+
+use std::io::IoSlice;
 use std::sync::Arc;
 
 use bitvec::prelude::{BitSlice, Lsb0};
 use lazyvm_wire::{Layout, PAGE_SIZE, PageIndex, PageRange};
-use nix::errno::Errno;
 
+pub use self::error::{CompleteError, InstallError};
 use crate::fill::{Cause, Content, Filler, Gather, Stopped};
-use crate::memory::{InstallMode, LazyMemory};
+use crate::memory::LazyMemory;
 use crate::removal::{Patience, RemovalGuard};
-use crate::table::{FaultAction, MapLengthError, PageState, PageTable, after};
+use crate::table::{FaultAction, PageState, PageTable, after};
 use crate::uffd::{EventError, RawEvent, RegisterError, Uffd};
 
 /// Pages that one install puts in place while removals have to wait for it: about 0.1 ms.
@@ -76,94 +79,6 @@ pub enum Event {
     },
     /// These pages were given back. The page table knows already.
     Removed(PageRange),
-}
-
-/// Pages that could not be installed. The first part of the range may be in place; the rest is as before.
-#[derive(Debug, thiserror::Error)]
-pub enum InstallError {
-    /// The range is not in the image, or cuts a huge page.
-    #[error("{0} can't be installed: not in the image, or not made of whole pages of the backing")]
-    NotWholeUnits(PageRange),
-    /// The data is not as long as the range.
-    #[error("{range} can't be installed from {got} bytes")]
-    Length {
-        /// The pages.
-        range: PageRange,
-        /// Bytes that were given.
-        got: usize,
-    },
-    /// The process whose memory it is has ended, or has unmapped it.
-    #[error("{range} can't be installed: the memory's process is gone or has unmapped it")]
-    Gone {
-        /// The pages.
-        range: PageRange,
-        /// `ESRCH` or `ENOENT`.
-        #[source]
-        source: Errno,
-    },
-    /// The kernel refuses.
-    #[error("{range} can't be installed")]
-    Kernel {
-        /// The pages.
-        range: PageRange,
-        /// `ENOMEM` when the host's memory is used up.
-        #[source]
-        source: Errno,
-    },
-    /// The file can't be written.
-    #[error("{range} can't be written to the memory's file")]
-    Write {
-        /// The pages.
-        range: PageRange,
-        /// The system's answer.
-        #[source]
-        source: io::Error,
-    },
-    /// The kernel said for too long that the memory map is changing.
-    #[error("{0} can't be installed: the memory map keeps changing")]
-    Stuck(PageRange),
-    /// An event that had to be read first could not be.
-    #[error("an event that holds up installs can't be handled")]
-    Event(#[from] EventError),
-    /// The page map is of another image.
-    #[error(transparent)]
-    MapLength(#[from] MapLengthError),
-}
-
-impl InstallError {
-    fn of(range: PageRange, cause: Cause) -> Self {
-        match cause {
-            Cause::Gone(source) => Self::Gone { range, source },
-            Cause::Kernel(source) => Self::Kernel { range, source },
-            Cause::Write(source) => Self::Write { range, source },
-            Cause::EventUnread | Cause::Stuck => Self::Stuck(range),
-        }
-    }
-}
-
-/// Memory that can't be let go of yet.
-#[derive(Debug, thiserror::Error)]
-pub enum CompleteError {
-    /// Data of some pages is still to come.
-    #[error("{remaining} pages have not arrived, {first} first")]
-    Incomplete {
-        /// How many.
-        remaining: u64,
-        /// The first run of them.
-        first: PageRange,
-    },
-    /// Clearing what a zero page left in the file failed, or reading the last events.
-    #[error(transparent)]
-    Install(#[from] InstallError),
-    /// The kernel refuses.
-    #[error("region {region} can't be unregistered from userfaultfd")]
-    Unregister {
-        /// The region's number.
-        region: usize,
-        /// The system's answer.
-        #[source]
-        source: Errno,
-    },
 }
 
 /// Fills memory; shared by the fault lane and the bulk lane.
@@ -361,58 +276,6 @@ impl Installer {
         self.filler
             .wake_range(range)
             .map_err(|cause| InstallError::of(range, cause))
-    }
-
-    /// Lets go of the memory: unregisters it, so that what is not in place now reads as zero natively.
-    ///
-    /// Refused unless a scan of the states finds that nothing is to come. Afterwards no fault is reported any more,
-    /// but a removal may be that began before: events are to be read until the installer is dropped.
-    ///
-    /// # Errors
-    /// [`CompleteError::Incomplete`] changes nothing; after any other, call it again.
-    pub fn complete(&self) -> Result<(), CompleteError> {
-        self.let_events_through()
-            .map_err(|error| CompleteError::Install(error.into()))?;
-        let mut patience = Patience::new();
-        while let Some(first) = self.table.missing().next() {
-            // With nothing more to come, it is a zero page that another thread fills right now.
-            let remaining = self.table.remaining();
-            if remaining > 0 || !patience.wait() {
-                return Err(CompleteError::Incomplete { remaining, first });
-            }
-        }
-        if self.memory().mode() == InstallMode::Minor {
-            self.clear_zeros()?;
-        }
-        for (number, region) in self.memory().regions().iter().enumerate() {
-            self.filler
-                .uffd
-                .unregister(region.host, region.bytes())
-                .map_err(|source| CompleteError::Unregister {
-                    region: number,
-                    source,
-                })?;
-        }
-        Ok(())
-    }
-
-    /// Makes holes of pages that are zero and not in place: their file may hold what a pre-copy brought, or what was
-    /// there before the guest gave them back.
-    fn clear_zeros(&self) -> Result<(), InstallError> {
-        let all = PageRange::new(PageIndex(0), self.table.pages());
-        let mut rest = all;
-        loop {
-            let _guard = self.guard.install();
-            let Some(run) = self.table.claim_zero_run(rest, u64::MAX) else {
-                return Ok(());
-            };
-            let punched = self.filler.punch(run);
-            self.table.release(run);
-            // Who touched it meanwhile found it claimed, and waits.
-            self.wake(run)?;
-            punched.map_err(|cause| InstallError::of(run, cause))?;
-            rest = after(rest, run);
-        }
     }
 
     fn check(&self, range: PageRange, length: usize) -> Result<(), InstallError> {

@@ -410,3 +410,56 @@ fn errno_of(error: &CrateError) -> Errno {
         _ => Errno::EIO,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_features_are_named_with_their_kernel() {
+        let missing = FeatureNames(MINOR_SHMEM | EVENT_REMOVE | 1 << 40);
+        assert_eq!(
+            OpenError::Features { missing }.to_string(),
+            "this kernel's userfaultfd lacks EVENT_REMOVE (Linux 4.11), MINOR_SHMEM (Linux 5.14)"
+        );
+    }
+
+    #[test]
+    fn each_memory_asks_for_what_it_needs() {
+        let region = |host, backing| crate::memory::LazyRegion {
+            host,
+            pages: 512,
+            backing,
+            file: None,
+        };
+        let mut regions = vec![region(0, Backing::Small)];
+        let memory = |regions: &Vec<_>| {
+            LazyMemory::in_other_process(regions.clone(), InstallMode::Missing).expect("memory")
+        };
+        assert_eq!(features_for(&memory(&regions), false), THREAD_ID);
+        regions.push(region(1 << 30, Backing::Huge2M));
+        assert_eq!(
+            features_for(&memory(&regions), true),
+            THREAD_ID | MISSING_HUGETLBFS | EVENT_REMOVE
+        );
+        let layout = lazyvm_wire::Layout::flat(4).expect("a layout");
+        let minor = LazyMemory::shared(&layout, InstallMode::Minor).expect("memory");
+        assert_eq!(
+            features_for(&minor, false),
+            THREAD_ID | MISSING_SHMEM | MINOR_SHMEM
+        );
+    }
+
+    #[test]
+    fn answers_of_the_kernel_are_told_apart() {
+        assert_eq!(Progress::of_errno(Errno::EEXIST), Progress::Exists);
+        assert_eq!(Progress::of_errno(Errno::EAGAIN), Progress::Again);
+        for gone in [Errno::ENOENT, Errno::ESRCH] {
+            assert_eq!(Progress::of_errno(gone), Progress::Gone(gone));
+        }
+        assert_eq!(
+            Progress::of_errno(Errno::ENOMEM),
+            Progress::Failed(Errno::ENOMEM)
+        );
+    }
+}

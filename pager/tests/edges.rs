@@ -1,19 +1,26 @@
 //! Installs over what is there already, over what the kernel took away since, and the ways they are refused.
 
+// Clippy allows these in tests only, not in what tests share.
+#![allow(clippy::expect_used)]
+
 mod common;
 
 use std::io::IoSlice;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::thread;
 
-use common::{Handler, HugePages, Image, Kind, installer, read_page, skip, sys};
-use lazyvm_pager::install::{CompleteError, FaultOutcome, InstallError, Installer, Registration};
+use common::{Handler, HugePages, Image, Kind, installer, read_page, skip, sys, until};
+use lazyvm_pager::install::{
+    CompleteError, Event, FaultOutcome, InstallError, Installer, Registration,
+};
 use lazyvm_pager::memory::{InstallMode, LazyMemory};
 use lazyvm_pager::table::PageState;
 use lazyvm_pager::uffd::{OpenError, RegisterError, Uffd};
 use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::mman::MmapAdvise::MADV_DONTNEED;
+use nix::unistd::gettid;
 
 const PAGES: u64 = 1024;
 const OLD: u8 = 0xaa;
@@ -139,7 +146,7 @@ fn pages_that_are_there_stay_as_they_are() {
     let test = "pages_that_are_there_stay_as_they_are";
     for kind in [Kind::Anonymous, Kind::SharedMissing] {
         let image = Image::new(kind.layout(PAGES), |_| false);
-        let there = |page: u64| page % 3 == 0 || page % 50 > 30;
+        let there = |page: u64| page.is_multiple_of(3) || page % 50 > 30;
         let Some(installer) = over(test, kind, &image, |memory| {
             for page in (0..image.layout.pages()).filter(|&page| there(page)) {
                 memory
@@ -360,4 +367,49 @@ fn memory_of_another_layout_is_refused() {
             ..
         })
     ));
+}
+
+/// Both what waits and what is known of it are told: where, for what, and who.
+#[test]
+fn faults_tell_who_touched_what_and_how() {
+    let test = "faults_tell_who_touched_what_and_how";
+    let image = Arc::new(Image::new(Kind::SharedMinor.layout(PAGES), |_| false));
+    let Some(installer) = over(test, Kind::SharedMinor, &image, |memory| {
+        precopy(memory, &image, |page| page == 501);
+    }) else {
+        return;
+    };
+    let memory = installer.memory();
+    for (page, write, minor) in [(500, true, false), (501, false, true), (3, false, false)] {
+        let (tell, thread) = std::sync::mpsc::channel();
+        thread::scope(|scope| {
+            let touch = scope.spawn(move || {
+                tell.send(gettid()).expect("the test listens");
+                let offset = page * PAGE_SIZE as u64 + 100;
+                if write {
+                    memory.write_at(offset, &[1]).expect("a page");
+                } else {
+                    memory.read_at(offset, &mut [0]).expect("a page");
+                }
+            });
+            let mut events = Vec::new();
+            until("the touch is reported", || {
+                installer.read_events(&mut events).expect("events") > 0
+            });
+            let expected = Event::Fault {
+                page: PageIndex(page),
+                write,
+                minor,
+                thread: u32::try_from(thread.recv().expect("a thread").as_raw()).ok(),
+            };
+            assert_eq!(events, [expected]);
+            let unit = range(page, 1);
+            assert_eq!(
+                installer.fault(PageIndex(page)).expect("a fault"),
+                FaultOutcome::Request(unit)
+            );
+            installer.install(unit, image.of(unit)).expect("an install");
+            touch.join().expect("the touch");
+        });
+    }
 }

@@ -1,5 +1,8 @@
 //! Memory of every kind is filled by faults and by a push at the same time, and is the source's byte for byte.
 
+// Clippy allows these in tests only, not in what tests share.
+#![allow(clippy::expect_used)]
+
 mod common;
 
 use std::sync::Arc;

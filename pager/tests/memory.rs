@@ -1,5 +1,8 @@
 //! Lazy memory before any pager: its layout, its addresses, and reading and writing it.
 
+// Clippy allows these in tests only, not in what tests share.
+#![allow(clippy::expect_used)]
+
 mod common;
 
 use std::sync::Arc;

@@ -3,6 +3,9 @@
 //! The test program starts itself again for that process: it registers memory, sends descriptor and address over a
 //! socket, and touches pages. This side fills them, and then sees what happens when the process is gone.
 
+// Clippy allows these in tests only, not in what tests share.
+#![allow(clippy::expect_used)]
+
 mod common;
 
 use std::io::{IoSlice, IoSliceMut, Read};

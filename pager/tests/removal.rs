@@ -1,5 +1,8 @@
 //! Memory that the guest gives back while pages are on their way: it is zero from then on, and nothing hangs.
 
+// Clippy allows these in tests only, not in what tests share.
+#![allow(clippy::expect_used)]
+
 mod common;
 
 use std::collections::HashSet;

@@ -1,5 +1,8 @@
 //! The page table against a plain model of it, operation by operation, and under claims from several threads.
 
+// Clippy allows these in tests only, not in what tests share.
+#![allow(clippy::expect_used)]
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 

@@ -3,6 +3,9 @@
 //!
 //! The order of everything comes from a seed, so a failure can be run again.
 
+// Clippy allows these in tests only, not in what tests share.
+#![allow(clippy::expect_used)]
+
 use lazyvm_pager::table::{FaultAction, PageState, PageTable};
 use lazyvm_wire::{Backing, Layout, PageIndex, PageRange, Region};
 use proptest::prelude::*;

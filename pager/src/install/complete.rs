@@ -1,0 +1,62 @@
+//! The end of an install: letting go of memory that is complete.
+
+use lazyvm_wire::{PageIndex, PageRange};
+
+use super::{CompleteError, InstallError, Installer};
+use crate::memory::InstallMode;
+use crate::removal::Patience;
+use crate::table::after;
+
+impl Installer {
+    /// Lets go of the memory: unregisters it, so that what is not in place now reads as zero natively.
+    ///
+    /// Refused unless a scan of the states finds that nothing is to come. Afterwards no fault is reported any more,
+    /// but a removal may be that began before: events are to be read until the installer is dropped.
+    ///
+    /// # Errors
+    /// [`CompleteError::Incomplete`] changes nothing; after any other, call it again.
+    pub fn complete(&self) -> Result<(), CompleteError> {
+        self.let_events_through()
+            .map_err(|error| CompleteError::Install(error.into()))?;
+        let mut patience = Patience::new();
+        while let Some(first) = self.table.missing().next() {
+            // With nothing more to come, it is a zero page that another thread fills right now.
+            let remaining = self.table.remaining();
+            if remaining > 0 || !patience.wait() {
+                return Err(CompleteError::Incomplete { remaining, first });
+            }
+        }
+        if self.memory().mode() == InstallMode::Minor {
+            self.clear_zeros()?;
+        }
+        for (number, region) in self.memory().regions().iter().enumerate() {
+            self.filler
+                .uffd
+                .unregister(region.host, region.bytes())
+                .map_err(|source| CompleteError::Unregister {
+                    region: number,
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+
+    /// Makes holes of pages that are zero and not in place: their file may hold what a pre-copy brought, or what was
+    /// there before the guest gave them back.
+    fn clear_zeros(&self) -> Result<(), InstallError> {
+        let all = PageRange::new(PageIndex(0), self.table.pages());
+        let mut rest = all;
+        loop {
+            let _guard = self.guard.install();
+            let Some(run) = self.table.claim_zero_run(rest, u64::MAX) else {
+                return Ok(());
+            };
+            let punched = self.filler.punch(run);
+            self.table.release(run);
+            // Who touched it meanwhile found it claimed, and waits.
+            self.wake(run)?;
+            punched.map_err(|cause| InstallError::of(run, cause))?;
+            rest = after(rest, run);
+        }
+    }
+}
