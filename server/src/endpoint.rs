@@ -326,8 +326,10 @@ async fn serve_bulk(session: &Arc<Session>, connection: &Connection) {
         session.clone(),
         connection.clone(),
     ));
-    if let Err(error) = bulk::push(session, connection).await {
-        tracing::info!(session = %session.id, %error, "the push stops");
+    match bulk::push(session, connection).await {
+        // The destination closes it when it has heard that all is over.
+        Ok(()) => drop(tokio::time::timeout(lazyvm_quic::IDLE_TIMEOUT, connection.closed()).await),
+        Err(error) => tracing::info!(session = %session.id, %error, "the push stops"),
     }
     digests.abort();
 }

@@ -85,9 +85,13 @@ impl Conversation<'_> {
                     continue;
                 }
             };
+            let was_last = event == Event::Complete;
             self.take(event).await?;
-            if matches!(self.session.phase(), Phase::Moved | Phase::Ended(_)) {
-                return Ok(());
+            match self.session.phase() {
+                // One that came back after it was over says again what it had said before.
+                Phase::Moved if was_last => return Ok(()),
+                Phase::Ended(_) => return Ok(()),
+                _ => {}
             }
         }
     }

@@ -8,7 +8,9 @@ mod copy;
 mod map;
 mod regions;
 mod uffd;
+mod watch;
 
 pub(crate) use copy::{copy_in, copy_out};
 pub(crate) use map::{Mapping, memfd};
 pub(crate) use uffd::{adopt, copy_pages, handshake, open_device, open_syscall, zero_pages};
+pub(crate) use watch::watch;

@@ -1,0 +1,145 @@
+//! What the lanes of one move share.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use lazyvm_wire::{Layout, PageRange};
+use quinn::Connection;
+use tokio::sync::Notify;
+
+use crate::demand::RequestQueue;
+use crate::install::{InstallError, Installed, Installer};
+use crate::report::Statistics;
+use crate::verify::Verifier;
+
+/// Which lane a page came on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    Demand,
+    Push,
+}
+
+pub(crate) struct Core {
+    pub layout: Layout,
+    pub installer: Installer,
+    pub statistics: Arc<Statistics>,
+    pub verifier: Option<Verifier>,
+    pub requests: RequestQueue,
+    /// No page is missing, and all are compared where that was asked for.
+    pub all_here: Notify,
+    connections: Mutex<Vec<Connection>>,
+}
+
+impl Core {
+    pub fn new(
+        layout: Layout,
+        installer: Installer,
+        statistics: Arc<Statistics>,
+        verify: bool,
+    ) -> Self {
+        let verifier = verify.then(|| Verifier::new(layout.pages()));
+        Self {
+            layout,
+            installer,
+            statistics,
+            verifier,
+            requests: RequestQueue::default(),
+            all_here: Notify::new(),
+            connections: Mutex::default(),
+        }
+    }
+
+    /// Puts pages in place that came with their bytes.
+    pub fn install(
+        &self,
+        range: PageRange,
+        data: &[u8],
+        origin: Origin,
+    ) -> Result<Installed, InstallError> {
+        let installed = self.installer.install(range, data)?;
+        if installed.pages > 0 {
+            if let Some(verifier) = &self.verifier {
+                verifier.installed(range, data);
+            }
+            self.pages_counter(origin)
+                .fetch_add(installed.pages, Ordering::Relaxed);
+        }
+        self.arrived(range);
+        Ok(installed)
+    }
+
+    /// Takes in that pages which were to come are zero.
+    pub fn install_zeros(&self, range: PageRange) -> Result<(), InstallError> {
+        self.installer.install_zeros(range)?;
+        if let Some(verifier) = &self.verifier {
+            verifier.zero(range);
+        }
+        self.arrived(range);
+        Ok(())
+    }
+
+    /// The source can't read these pages. They are never made up: who touches one waits.
+    pub fn unreadable(&self, range: PageRange) {
+        self.statistics
+            .unreadable
+            .fetch_add(range.count, Ordering::Relaxed);
+        tracing::error!(%range, "the source can't read these pages; who touches one waits until it can");
+    }
+
+    /// Whether nothing is to come any more.
+    pub fn is_all_here(&self) -> bool {
+        self.installer.table().remaining() == 0
+            && self
+                .verifier
+                .as_ref()
+                .is_none_or(|verifier| verifier.open() == 0)
+    }
+
+    /// Wakes who waits for the end, if this is it.
+    pub fn check_all_here(&self) {
+        if self.is_all_here() {
+            self.all_here.notify_one();
+        }
+    }
+
+    /// Whether every digest was the source's; `None` when not asked.
+    pub fn verified(&self) -> Option<bool> {
+        let verifier = self.verifier.as_ref()?;
+        Some(verifier.open() == 0 && verifier.differing() == 0)
+    }
+
+    /// Counts this connection's bytes from now on.
+    pub fn count_bytes_of(&self, connection: &Connection) {
+        self.connections().push(connection.clone());
+    }
+
+    /// UDP payload bytes of all connections so far, both ways.
+    pub fn bytes_wire(&self) -> u64 {
+        self.connections()
+            .iter()
+            .map(|connection| {
+                let stats = connection.stats();
+                stats.udp_rx.bytes + stats.udp_tx.bytes
+            })
+            .sum()
+    }
+
+    fn arrived(&self, range: PageRange) {
+        self.statistics.served(range, Instant::now());
+        self.check_all_here();
+    }
+
+    fn pages_counter(&self, origin: Origin) -> &AtomicU64 {
+        match origin {
+            Origin::Demand => &self.statistics.pages_demand,
+            Origin::Push => &self.statistics.pages_pushed,
+        }
+    }
+
+    fn connections(&self) -> std::sync::MutexGuard<'_, Vec<Connection>> {
+        self.connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,400 @@
+//! The conversation with the source, over as many connections as it takes. Runs on the fault lane.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use lazyvm_quic::{ControlStreamError, close_code, describe};
+use lazyvm_wire::control::{
+    CONTROL_MAX, Rejection, Switchover, ToDestination, ToSource, short_text, switchover_max,
+};
+use lazyvm_wire::{PageMap, PageMapError};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
+
+use crate::connect::{ConnectError, Credentials, Link, connect_bulk, connect_fault};
+use crate::core::Core;
+use crate::handover::{Action, Event, Failure, Handover, Phase};
+use crate::install::InstallError;
+use crate::pager::PagerError;
+use crate::report::Statistics;
+use crate::stage::{Stage, StageCell};
+use crate::table::PageState;
+use crate::{demand, push};
+
+/// How often the source hears how far this side is.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+
+/// How long a lost source is looked for while nothing here depends on it.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
+
+/// Time for the last message to be heard.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// What the owner of the move says.
+pub(crate) enum Command {
+    /// Memory and machine are there.
+    Take(Arc<Core>),
+    /// It can't be run here: the offer, or the state.
+    Refuse(String),
+    /// The vCPUs run.
+    Started,
+}
+
+/// Why a connection is of no use any more.
+#[derive(Debug, thiserror::Error)]
+enum Lost {
+    #[error("the control stream ends")]
+    Control(#[from] ControlStreamError),
+    #[error("the bulk lane can't be opened")]
+    Bulk(#[source] ConnectError),
+    #[error("a lane ends: {0}")]
+    Lane(String),
+    #[error("the page map can't be read")]
+    Map(#[from] PageMapError),
+    #[error("the page map can't be taken in")]
+    Install(#[from] InstallError),
+}
+
+pub(crate) struct Driver {
+    pub credentials: Arc<Credentials>,
+    pub commands: mpsc::UnboundedReceiver<Command>,
+    pub stage: Arc<StageCell>,
+    pub statistics: Arc<Statistics>,
+    pub bulk_lane: Handle,
+    pub handover: Handover,
+    pub core: Option<Arc<Core>>,
+    /// The owner has let go of its handle; what is under way goes on.
+    pub alone: bool,
+    /// What the source last said when it let nobody in.
+    pub rejection: Option<Rejection>,
+}
+
+impl Driver {
+    /// Holds the conversation until the move is over.
+    pub async fn run(mut self, link: Link) {
+        let mut link = link;
+        let mut opening = Vec::new();
+        loop {
+            let Err(lost) = self.converse(link, opening).await else {
+                return;
+            };
+            tracing::warn!(error = %describe(&lost), "the connection to the source is lost");
+            if self.has_heard_refusal(&lost) {
+                self.handover.handle(Event::Released);
+            } else {
+                self.handover.handle(Event::LinkLost);
+            }
+            if self.conclude() {
+                return;
+            }
+            link = match self.reconnect().await {
+                Ok(link) => {
+                    opening = self.handover.handle(Event::LinkBack);
+                    link
+                }
+                Err(event) => {
+                    self.handover.handle(event);
+                    self.conclude();
+                    return;
+                }
+            };
+        }
+    }
+
+    /// Converses over one connection; `Ok` when the move is over.
+    async fn converse(&mut self, mut link: Link, opening: Vec<Action>) -> Result<(), Lost> {
+        let mut lanes = JoinSet::new();
+        if let Some(core) = self.core.clone().filter(|_| self.needs_lanes()) {
+            core.count_bytes_of(&link.connection);
+            self.open_bulk(&core, &mut lanes).await?;
+            if *self.handover.phase() != Phase::Asking {
+                spawn_demand(&core, &link, &mut lanes);
+            }
+        }
+        self.perform(opening, &mut link).await?;
+        let mut progress = tokio::time::interval(PROGRESS_EVERY);
+        progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let core = self.core.clone();
+            let limit = core
+                .as_ref()
+                .map_or(CONTROL_MAX, |core| switchover_max(core.layout.pages()));
+            let event = tokio::select! {
+                message = link.receiver.recv(limit) => self.on_message(message?, &link, &mut lanes)?,
+                command = self.commands.recv(), if !self.alone => {
+                    self.on_command(command, &link, &mut lanes).await?
+                }
+                () = all_here(core.as_deref()), if *self.handover.phase() == Phase::Running => {
+                    self.complete().await
+                }
+                Some(end) = lanes.join_next(), if self.needs_lanes() && !lanes.is_empty() => {
+                    return Err(Lost::Lane(end.unwrap_or_else(|error| error.to_string())));
+                }
+                _ = progress.tick(), if core.is_some() => {
+                    self.send_progress(&mut link).await?;
+                    None
+                }
+            };
+            let Some(event) = event else {
+                continue;
+            };
+            let actions = self.handover.handle(event);
+            self.perform(actions, &mut link).await?;
+            if self.conclude() {
+                let _ = tokio::time::timeout(FAREWELL, link.sender.finish()).await;
+                link.connection.close(close_code::DONE, b"");
+                return Ok(());
+            }
+        }
+    }
+
+    async fn on_command(
+        &mut self,
+        command: Option<Command>,
+        link: &Link,
+        lanes: &mut JoinSet<String>,
+    ) -> Result<Option<Event>, Lost> {
+        Ok(Some(match command {
+            Some(Command::Take(core)) => {
+                core.count_bytes_of(&link.connection);
+                self.core = Some(core.clone());
+                self.open_bulk(&core, lanes).await?;
+                Event::Prepared
+            }
+            Some(Command::Started) => {
+                self.statistics
+                    .resumed_at_us
+                    .store(self.statistics.since_start_us(), Ordering::Relaxed);
+                Event::Started
+            }
+            Some(Command::Refuse(reason)) => self.refusal(reason),
+            None => {
+                self.alone = true;
+                self.refusal("it was given up".to_owned())
+            }
+        }))
+    }
+
+    /// The event for a refusal: of the offer before the switchover, of the state after it. Later it has no effect.
+    fn refusal(&self, reason: String) -> Event {
+        match self.handover.phase() {
+            Phase::Preparing => Event::CannotPrepare(reason),
+            _ => Event::CannotLoad(reason),
+        }
+    }
+
+    fn on_message(
+        &mut self,
+        message: ToDestination,
+        link: &Link,
+        lanes: &mut JoinSet<String>,
+    ) -> Result<Option<Event>, Lost> {
+        match message {
+            ToDestination::Switchover(switchover) => {
+                let Some(core) = self
+                    .core
+                    .clone()
+                    .filter(|_| *self.handover.phase() == Phase::Asking)
+                else {
+                    return Ok(None);
+                };
+                self.take_over(&core, &switchover)?;
+                spawn_demand(&core, link, lanes);
+                self.handover.handle(Event::Switchover);
+                self.stage.set(Stage::Switched(Arc::from(switchover)));
+                Ok(None)
+            }
+            ToDestination::Running { downtime_us } => {
+                self.statistics
+                    .downtime_us
+                    .store(downtime_us, Ordering::Relaxed);
+                self.stage.set(Stage::Running);
+                Ok(None)
+            }
+            ToDestination::Released => Ok(Some(Event::Released)),
+            ToDestination::Rejected(rejection) => {
+                self.rejection = Some(rejection);
+                Ok(Some(Event::Rejected))
+            }
+            ToDestination::Welcome(_) | ToDestination::Joined => Ok(None),
+        }
+    }
+
+    /// Takes the page map in: what it does not name is zero.
+    fn take_over(&self, core: &Core, switchover: &Switchover) -> Result<(), Lost> {
+        let map = PageMap::decode(&switchover.page_map, core.layout.pages())?;
+        core.installer.apply_map(map.bits())?;
+        if let Some(verifier) = &core.verifier {
+            let zero = |state| state == PageState::Zero;
+            core.installer
+                .table()
+                .runs(zero)
+                .for_each(|run| verifier.zero(run));
+        }
+        let bytes = switchover.state.len() + switchover.page_map.len();
+        self.statistics
+            .switchover_bytes
+            .store(bytes as u64, Ordering::Relaxed);
+        core.check_all_here();
+        Ok(())
+    }
+
+    /// Opens the bulk lane and takes in what comes on it.
+    async fn open_bulk(&self, core: &Arc<Core>, lanes: &mut JoinSet<String>) -> Result<(), Lost> {
+        let connecting = self.bulk_lane.spawn(connect_bulk(self.credentials.clone()));
+        let link = connecting
+            .await
+            .map_err(|error| Lost::Lane(error.to_string()))?
+            .map_err(Lost::Bulk)?;
+        core.count_bytes_of(&link.connection);
+        let core = core.clone();
+        let task = async move {
+            let end = push::run(core, link.connection.clone()).await;
+            describe(&end)
+        };
+        lanes.spawn_on(task, &self.bulk_lane);
+        Ok(())
+    }
+
+    async fn perform(&mut self, actions: Vec<Action>, link: &mut Link) -> Result<(), Lost> {
+        for action in actions {
+            let message = match action {
+                Action::SendReady => ToSource::Ready,
+                Action::SendRefused(reason) => ToSource::Refused {
+                    reason: short_text(&reason),
+                },
+                Action::SendStarted => ToSource::Started,
+                Action::SendComplete => ToSource::Complete {
+                    verified: self.core.as_ref().and_then(|core| core.verified()),
+                },
+                Action::SendRejoin => {
+                    let Some(core) = &self.core else { continue };
+                    let settled = core.installer.table().settled_bits();
+                    ToSource::Rejoin {
+                        missing: PageMap::from_bits(!settled).encode(),
+                    }
+                }
+                // The runner does it when the connection is gone.
+                Action::Reconnect => continue,
+            };
+            link.sender.send(&message).await?;
+        }
+        Ok(())
+    }
+
+    async fn send_progress(&self, link: &mut Link) -> Result<(), Lost> {
+        if let Some(core) = &self.core {
+            let pages_here = core.layout.pages() - core.installer.table().remaining();
+            link.sender.send(&ToSource::Progress { pages_here }).await?;
+        }
+        Ok(())
+    }
+
+    /// All pages are here: lets go of the memory.
+    async fn complete(&self) -> Option<Event> {
+        let core = self.core.clone()?;
+        let worker = core.clone();
+        match tokio::task::spawn_blocking(move || worker.installer.complete()).await {
+            Ok(Ok(())) => return Some(Event::AllHere),
+            Ok(Err(error)) => {
+                tracing::error!(error = %describe(&error), "the memory can't be let go of")
+            }
+            Err(error) => tracing::error!(%error, "the memory can't be let go of"),
+        }
+        tokio::time::sleep(PROGRESS_EVERY).await;
+        core.check_all_here();
+        None
+    }
+
+    async fn reconnect(&mut self) -> Result<Link, Event> {
+        let lost_at = Instant::now();
+        let mut backoff = BACKOFF_MIN;
+        loop {
+            match connect_fault(&self.credentials).await {
+                Ok((link, _)) => {
+                    self.statistics.reconnects.fetch_add(1, Ordering::Relaxed);
+                    tracing::info!("connected to the source again");
+                    return Ok(link);
+                }
+                Err(ConnectError::Rejected(rejection))
+                    if matches!(self.handover.phase(), Phase::Asking | Phase::Refusing(_)) =>
+                {
+                    self.rejection = Some(rejection);
+                    return Err(Event::Rejected);
+                }
+                Err(error) => {
+                    tracing::warn!(error = %describe(&error), "the source is not there yet")
+                }
+            }
+            let needed = matches!(self.handover.phase(), Phase::Loading | Phase::Running);
+            if !needed && lost_at.elapsed() > GIVE_UP_AFTER {
+                return Err(Event::GaveUp);
+            }
+            tokio::time::sleep(backoff).await;
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+        }
+    }
+
+    /// Whether pages are still to come.
+    fn needs_lanes(&self) -> bool {
+        !matches!(
+            self.handover.phase(),
+            Phase::Completing | Phase::Refusing(_)
+        )
+    }
+
+    /// Whether the connection's end is the source's answer to a refusal: it ends the stream in good order.
+    fn has_heard_refusal(&self, lost: &Lost) -> bool {
+        matches!(self.handover.phase(), Phase::Refusing(_))
+            && matches!(lost, Lost::Control(ControlStreamError::Finished))
+    }
+
+    /// Tells the owner when the move is over; whether it is.
+    fn conclude(&mut self) -> bool {
+        let error = match self.handover.phase() {
+            Phase::Done => {
+                self.statistics
+                    .complete_at_us
+                    .store(self.statistics.since_start_us(), Ordering::Relaxed);
+                self.stage.set(Stage::Done);
+                return true;
+            }
+            Phase::Failed(failure) => match (failure, self.rejection.take()) {
+                (Failure::Refused(reason), _) => PagerError::Refused(reason.clone()),
+                (Failure::Rejected, Some(rejection)) => {
+                    PagerError::Connect(ConnectError::Rejected(rejection))
+                }
+                (Failure::Rejected | Failure::LostBefore, _) => PagerError::SourceLost,
+                (Failure::LostAsking, _) => PagerError::SourceLostAtHandover,
+            },
+            _ => return false,
+        };
+        self.stage.set(Stage::Failed(Arc::new(error)));
+        true
+    }
+}
+
+fn spawn_demand(core: &Arc<Core>, link: &Link, lanes: &mut JoinSet<String>) {
+    let core = core.clone();
+    let connection = link.connection.clone();
+    lanes.spawn(async move {
+        match demand::run(&core, &connection).await {
+            Ok(()) => "no more requests".to_owned(),
+            Err(error) => describe(&error),
+        }
+    });
+}
+
+async fn all_here(core: Option<&Core>) {
+    match core {
+        Some(core) if core.is_all_here() => {}
+        Some(core) => core.all_here.notified().await,
+        None => std::future::pending().await,
+    }
+}

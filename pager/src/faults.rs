@@ -1,0 +1,61 @@
+//! Watching the userfaultfd: from a fault to its request without a hop between threads.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::core::Core;
+use crate::install::{Event, FaultOutcome};
+use crate::sys;
+use lazyvm_wire::PageIndex;
+
+/// Until a fault that could not be served is tried again.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// Handles what the userfaultfd reports, for ever.
+pub(crate) async fn watch(core: Arc<Core>) -> io::Result<()> {
+    let fd = sys::watch(core.clone())?;
+    let mut events = Vec::new();
+    loop {
+        let mut ready = fd.readable().await?;
+        loop {
+            let read = core.installer.read_events(&mut events);
+            let now = Instant::now();
+            for event in events.drain(..) {
+                match event {
+                    Event::Fault { page, .. } => handle(&core, page, now),
+                    Event::Removed(_) => core.check_all_here(),
+                }
+            }
+            match read {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::error!(error = %lazyvm_quic::describe(&error), "an event of the userfaultfd can't be handled");
+                    // The descriptor stays readable for what could not be read; not at full speed.
+                    tokio::time::sleep(RETRY_AFTER).await;
+                    break;
+                }
+            }
+        }
+        ready.clear_ready();
+    }
+}
+
+fn handle(core: &Arc<Core>, page: PageIndex, now: Instant) {
+    match core.installer.fault(page) {
+        Ok(FaultOutcome::Request(unit)) => {
+            core.statistics.fault(unit.first, now);
+            core.requests.push(unit);
+        }
+        Ok(FaultOutcome::Waiting | FaultOutcome::Served) => {}
+        Err(error) => {
+            tracing::error!(%page, error = %lazyvm_quic::describe(&error), "a fault can't be served; who touched the page waits");
+            let core = core.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(RETRY_AFTER).await;
+                handle(&core, page, now);
+            });
+        }
+    }
+}

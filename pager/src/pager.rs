@@ -1,0 +1,388 @@
+//! A move from its destination's side, in the order in which it happens: [`connect`], [`Offer::take`],
+//! [`Arrived::started`], [`Filling::wait`]. Each step is a type, so that none can be left out or done twice.
+//!
+//! All of these block and belong on threads of the caller's own, not into an async runtime.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use lazyvm_quic::{LaneThread, describe};
+use lazyvm_wire::control::{Switchover, Welcome};
+use lazyvm_wire::trust::{Identity, TrustError};
+use lazyvm_wire::{Layout, MachineOffer, Ticket};
+use tokio::sync::mpsc;
+
+use crate::connect::{ConnectError, Credentials, connect_fault};
+use crate::core::Core;
+use crate::driver::{Command, Driver};
+use crate::faults;
+use crate::handover::Handover;
+use crate::install::{Installer, Registration};
+use crate::memory::{LazyMemory, MemoryError};
+use crate::port::DestinationMachine;
+use crate::report::{Report, Statistics};
+use crate::stage::{Stage, StageCell};
+use crate::uffd::{OpenError, RegisterError, Uffd};
+
+/// How a move is taken in.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Compare a digest of every page with the source's, taken at the pause. Takes nine bytes of memory a page.
+    pub verify: bool,
+    /// The memory's owner may give pages back (a balloon). Costs a lock on the way of each page.
+    pub removals: bool,
+}
+
+/// A move that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum PagerError {
+    /// The source was not reached, or lets nobody in.
+    #[error("can't connect to the source")]
+    Connect(#[from] ConnectError),
+    /// No keys.
+    #[error("can't make a key")]
+    Trust(#[from] TrustError),
+    /// A thread could not be started.
+    #[error("can't start a thread")]
+    Thread(#[source] io::Error),
+    /// The memory can't be made.
+    #[error("can't make the memory")]
+    Memory(#[from] MemoryError),
+    /// No userfaultfd.
+    #[error("can't use userfaultfd")]
+    Open(#[from] OpenError),
+    /// The memory can't be registered.
+    #[error("can't register the memory")]
+    Register(#[from] RegisterError),
+    /// This side refused. The machine runs at the source.
+    #[error("the machine can't be run here: {0}")]
+    Refused(String),
+    /// The connection was lost before the hand-over. The machine runs at the source.
+    #[error("the source was lost before it handed the machine over; the machine runs there")]
+    SourceLost,
+    /// The connection was lost for good while the machine was being handed over.
+    #[error(
+        "the source was lost while it handed the machine over; it may stand paused there, \
+         where lazyvm status tells"
+    )]
+    SourceLostAtHandover,
+    /// Another error of this move that was told before.
+    #[error(transparent)]
+    Shared(Arc<PagerError>),
+}
+
+impl From<Arc<PagerError>> for PagerError {
+    fn from(error: Arc<PagerError>) -> Self {
+        Arc::try_unwrap(error).unwrap_or_else(Self::Shared)
+    }
+}
+
+/// What all steps of a move hold on to.
+struct Move {
+    // Both lanes end when the move is dropped; see `Filling` for one that is not at its end.
+    fault_lane: LaneThread,
+    _bulk_lane: LaneThread,
+    commands: mpsc::UnboundedSender<Command>,
+    stage: Arc<StageCell>,
+    statistics: Arc<Statistics>,
+    session: String,
+    welcome: Box<Welcome>,
+    options: Options,
+}
+
+/// Connects to the source that a ticket names and hears what it offers. The machine runs on there.
+///
+/// # Errors
+/// [`PagerError::Connect`] says whether the source is not there, is another one, or does not want the ticket.
+pub fn connect(ticket: &Ticket, options: Options) -> Result<Offer, PagerError> {
+    let statistics = Arc::new(Statistics::new(Instant::now()));
+    let credentials = Arc::new(Credentials {
+        ticket: ticket.clone(),
+        identity: Identity::generate()?,
+        verify: options.verify,
+    });
+    let fault_lane = LaneThread::start("fault-lane").map_err(PagerError::Thread)?;
+    let bulk_lane = LaneThread::start("bulk-lane").map_err(PagerError::Thread)?;
+    let (commands, receiver) = mpsc::unbounded_channel();
+    let stage = Arc::new(StageCell::new());
+    let driver = Driver {
+        credentials: credentials.clone(),
+        commands: receiver,
+        stage: stage.clone(),
+        statistics: statistics.clone(),
+        bulk_lane: bulk_lane.handle().clone(),
+        handover: Handover::default(),
+        core: None,
+        alone: false,
+        rejection: None,
+    };
+    let (answer, answered) = std::sync::mpsc::channel();
+    fault_lane.handle().spawn(async move {
+        match connect_fault(&credentials).await {
+            Ok((link, welcome)) => {
+                if answer.send(Ok(welcome)).is_ok() {
+                    driver.run(link).await;
+                }
+            }
+            Err(error) => drop(answer.send(Err(error))),
+        }
+    });
+    let welcome = answered.recv().map_err(|_| PagerError::SourceLost)??;
+    let session = ticket.session.to_string();
+    Ok(Offer(Move {
+        fault_lane,
+        _bulk_lane: bulk_lane,
+        commands,
+        stage,
+        statistics,
+        session,
+        welcome,
+        options,
+    }))
+}
+
+/// What a source offers. Dropping it refuses: the machine runs on at the source.
+pub struct Offer(Move);
+
+impl Offer {
+    /// The region table of the machine's memory.
+    pub fn layout(&self) -> &Layout {
+        &self.0.welcome.layout
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &MachineOffer {
+        &self.0.welcome.offer
+    }
+
+    /// Tells the source that the machine can't be run here. It runs on there.
+    pub fn refuse(self, reason: &str) -> PagerError {
+        self.0.refuse(reason)
+    }
+
+    /// Registers `memory`, which must be empty and of the offer's layout, and has the source hand over: when this
+    /// returns, a touch of it is served and the push is under way.
+    ///
+    /// # Errors
+    /// [`PagerError`]; but for [`PagerError::SourceLostAtHandover`] the machine runs on at the source.
+    pub fn take(self, memory: Arc<LazyMemory>) -> Result<Arrived, PagerError> {
+        let core = match self.register(memory) {
+            Ok(core) => Arc::new(core),
+            Err(error) => {
+                self.0.refuse(&describe(&error));
+                return Err(error);
+            }
+        };
+        self.0.fault_lane.handle().spawn(watch(core.clone()));
+        self.0.tell(Command::Take(core.clone()));
+        let switchover = self.0.stage.wait(|stage| match stage {
+            Stage::Switched(switchover) => Some(switchover.clone()),
+            _ => None,
+        })?;
+        Ok(Arrived {
+            inner: self.0,
+            core,
+            switchover,
+        })
+    }
+
+    /// [`Offer::take`] for memory that is no machine's: there is nothing to load or to start.
+    ///
+    /// # Errors
+    /// As [`Offer::take`].
+    pub fn fill(self, memory: Arc<LazyMemory>) -> Result<Filling, PagerError> {
+        self.take(memory)?.started()
+    }
+
+    fn register(&self, memory: Arc<LazyMemory>) -> Result<Core, PagerError> {
+        let uffd = Uffd::open(&memory, self.0.options.removals)?;
+        let installer = Installer::new(self.layout(), memory, uffd, Registration::Register)?;
+        let statistics = self.0.statistics.clone();
+        Ok(Core::new(
+            self.layout().clone(),
+            installer,
+            statistics,
+            self.0.options.verify,
+        ))
+    }
+}
+
+/// A machine that is this side's: it runs nowhere until [`Arrived::started`] or [`Arrived::refuse`]. Dropping it
+/// refuses.
+pub struct Arrived {
+    inner: Move,
+    core: Arc<Core>,
+    switchover: Arc<Switchover>,
+}
+
+impl Arrived {
+    /// The machine's state, in its monitor's own format.
+    pub fn state(&self) -> &[u8] {
+        &self.switchover.state
+    }
+
+    /// Tells the source that the state can't be run here; returns when it has heard. It runs the machine again.
+    pub fn refuse(self, reason: &str) -> PagerError {
+        self.inner.refuse(reason)
+    }
+
+    /// Tells the source that the vCPUs run; returns when it has heard.
+    ///
+    /// # Errors
+    /// [`PagerError`].
+    pub fn started(self) -> Result<Filling, PagerError> {
+        self.inner.tell(Command::Started);
+        self.inner
+            .stage
+            .wait(|stage| matches!(stage, Stage::Running | Stage::Done).then_some(()))?;
+        Ok(Filling {
+            inner: Some(self.inner),
+            core: self.core,
+        })
+    }
+}
+
+/// A machine that runs here while its memory arrives.
+///
+/// Dropping it does not stop that: absent pages must not turn into zeros, so the lanes go on for as long as the process.
+pub struct Filling {
+    inner: Option<Move>,
+    core: Arc<Core>,
+}
+
+/// How far the memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Pages of the image.
+    pub pages_total: u64,
+    /// Pages that are here, zero pages among them.
+    pub pages_here: u64,
+    /// Pages that came in answer to a fault.
+    pub pages_demand: u64,
+    /// Pages that the push brought.
+    pub pages_pushed: u64,
+    /// Faults that were answered.
+    pub faults: u64,
+    /// Pages that the source said it can't read. Who touches one waits.
+    pub pages_unreadable: u64,
+    /// All is here, and the source has let go.
+    pub done: bool,
+}
+
+impl Filling {
+    /// How far it is.
+    pub fn progress(&self) -> Progress {
+        let statistics = &self.core.statistics;
+        let pages_total = self.core.layout.pages();
+        Progress {
+            pages_total,
+            pages_here: pages_total - self.core.installer.table().remaining(),
+            pages_demand: statistics.pages_demand.load(Ordering::Relaxed),
+            pages_pushed: statistics.pages_pushed.load(Ordering::Relaxed),
+            faults: statistics.faults(),
+            pages_unreadable: statistics.unreadable.load(Ordering::Relaxed),
+            done: self
+                .inner
+                .as_ref()
+                .is_none_or(|inner| matches!(inner.stage.get(), Stage::Done)),
+        }
+    }
+
+    /// Waits until the last page is here and the source has let go.
+    ///
+    /// # Errors
+    /// [`PagerError`].
+    pub fn wait(mut self) -> Result<Report, PagerError> {
+        if let Some(inner) = &self.inner {
+            inner
+                .stage
+                .wait(|stage| matches!(stage, Stage::Done).then_some(()))?;
+        }
+        let report = self.report();
+        // At its end the lanes may end too.
+        drop(self.inner.take());
+        Ok(report)
+    }
+
+    /// The figures so far.
+    pub fn report(&self) -> Report {
+        let statistics = &self.core.statistics;
+        let load = crate::report::load;
+        let (session, mode) = self.inner.as_ref().map_or_else(Default::default, |inner| {
+            (inner.session.clone(), inner.welcome.mode.clone())
+        });
+        let (demand, pushed) = (
+            load(&statistics.pages_demand),
+            load(&statistics.pages_pushed),
+        );
+        let here = self.progress().pages_here;
+        Report {
+            session,
+            mode,
+            memory_bytes: self.core.layout.bytes(),
+            pages_total: self.core.layout.pages(),
+            pages_zero: here.saturating_sub(demand + pushed),
+            pages_precopied: 0,
+            pages_demand: demand,
+            pages_pushed: pushed,
+            bytes_wire: self.core.bytes_wire(),
+            downtime_us: load(&statistics.downtime_us),
+            switchover_bytes: load(&statistics.switchover_bytes),
+            faults: statistics.faults(),
+            fault_us: statistics.fault_us(),
+            blocktime_us_total: statistics.blocktime_us(),
+            resumed_at_us: load(&statistics.resumed_at_us),
+            complete_at_us: load(&statistics.complete_at_us),
+            reconnects: load(&statistics.reconnects),
+            verified: self.core.verified(),
+        }
+    }
+}
+
+impl Drop for Filling {
+    fn drop(&mut self) {
+        std::mem::forget(self.inner.take());
+    }
+}
+
+impl Move {
+    fn tell(&self, command: Command) {
+        // Fails only when the move is over, which the stage tells.
+        let _ = self.commands.send(command);
+    }
+
+    fn refuse(&self, reason: &str) -> PagerError {
+        self.tell(Command::Refuse(reason.to_owned()));
+        match self.stage.wait(|_| None::<std::convert::Infallible>) {
+            Ok(never) => match never {},
+            Err(error) => error.into(),
+        }
+    }
+}
+
+async fn watch(core: Arc<Core>) {
+    if let Err(error) = faults::watch(core).await {
+        tracing::error!(%error, "the userfaultfd can't be watched; who touches an absent page waits");
+    }
+}
+
+/// Moves a machine here: prepares it, takes it over, loads and starts it.
+///
+/// `arrived` is called when the machine runs. On failure before that the machine runs on at the source.
+///
+/// # Errors
+/// [`PagerError`].
+pub fn resume(offer: Offer, machine: &mut dyn DestinationMachine) -> Result<Filling, PagerError> {
+    let memory = match machine.prepare(offer.layout(), offer.machine()) {
+        Ok(memory) => memory,
+        Err(error) => return Err(offer.refuse(&describe(error.as_ref()))),
+    };
+    let arrived = offer.take(Arc::new(memory))?;
+    let run = machine.load(arrived.state()).and_then(|()| machine.start());
+    match run {
+        Ok(()) => arrived.started(),
+        Err(error) => Err(arrived.refuse(&describe(error.as_ref()))),
+    }
+}

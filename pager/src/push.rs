@@ -1,0 +1,163 @@
+//! The bulk lane: takes the push in and puts its pages in place.
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use lazyvm_wire::PageRange;
+use lazyvm_wire::frame::{FRAME_HEADER_LEN, FrameError, FrameHeader, FrameKind};
+use lazyvm_wire::{PAGE_SIZE, PageIndex};
+use quinn::{Connection, ConnectionError, ReadError, RecvStream};
+
+use crate::core::{Core, Origin};
+use crate::install::InstallError;
+
+/// Pages that are put in place at a time: 256 KiB, which a core's cache holds and a fault need not wait for long.
+const INSTALL_PAGES: u64 = 64;
+
+/// Most bytes taken from a stream at a time.
+const READ_MAX: usize = INSTALL_PAGES as usize * PAGE_SIZE;
+
+/// A push that can't be taken in.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PushError {
+    #[error("the bulk lane is lost")]
+    Connection(#[from] ConnectionError),
+    #[error("the bulk lane is lost")]
+    Read(#[from] ReadError),
+    #[error("the source breaks the protocol")]
+    Frame(#[from] FrameError),
+    #[error("the source ends a stream within a frame")]
+    CutShort,
+    #[error("pushed pages can't be put in place")]
+    Install(#[from] InstallError),
+    #[error("the memory's huge pages can't be put in place in parts")]
+    Parts,
+}
+
+/// Takes streams in until the connection is lost or one of them is wrong.
+pub(crate) async fn run(core: Arc<Core>, connection: Connection) -> PushError {
+    let mut streams = tokio::task::JoinSet::new();
+    loop {
+        tokio::select! {
+            stream = connection.accept_uni() => match stream {
+                Ok(stream) => drop(streams.spawn(take_in(core.clone(), stream))),
+                Err(error) => return error.into(),
+            },
+            Some(done) = streams.join_next(), if !streams.is_empty() => {
+                // A task that panicked has lost its stream; a new connection brings its pages.
+                if let Err(error) = done.unwrap_or(Err(PushError::CutShort)) {
+                    return error;
+                }
+            }
+        }
+    }
+}
+
+/// Takes one stream's frames in.
+async fn take_in(core: Arc<Core>, stream: RecvStream) -> Result<(), PushError> {
+    let mut input = Input {
+        stream,
+        pending: Bytes::new(),
+        joined: BytesMut::new(),
+    };
+    while let Some(head) = input.header().await? {
+        let header = FrameHeader::decode(&head, core.layout.pages())?;
+        match header.kind {
+            FrameKind::Zero => each_region(&core, header.range, |part| core.install_zeros(part))?,
+            FrameKind::Raw => input.install(&core, header.range).await?,
+            FrameKind::Digests => {
+                let digests = input.take(header.payload_len()).await?;
+                if let Some(verifier) = &core.verifier {
+                    let (digests, _) = digests.as_chunks::<8>();
+                    verifier.expected(header.range, digests.iter().map(|d| u64::from_le_bytes(*d)));
+                    core.check_all_here();
+                }
+            }
+            FrameKind::ZeroDigests => {
+                if let Some(verifier) = &core.verifier {
+                    verifier.expected_zero(header.range);
+                    core.check_all_here();
+                }
+            }
+            FrameKind::Unreadable => core.unreadable(header.range),
+        }
+    }
+    Ok(())
+}
+
+/// Calls `act` with the part of `range` in each region: an install takes one region at a time.
+fn each_region<E>(
+    core: &Core,
+    range: PageRange,
+    mut act: impl FnMut(PageRange) -> Result<(), E>,
+) -> Result<(), E> {
+    (0..core.layout.regions().len())
+        .filter_map(|region| core.layout.region_range(region))
+        .map(|region| region.intersect(range))
+        .filter(|part| !part.is_empty())
+        .try_for_each(&mut act)
+}
+
+/// A stream's bytes, joined where a piece that is wanted lies in several packets.
+struct Input {
+    stream: RecvStream,
+    pending: Bytes,
+    joined: BytesMut,
+}
+
+impl Input {
+    /// The next frame's header, or `None` where the stream ends in good order.
+    async fn header(&mut self) -> Result<Option<[u8; FRAME_HEADER_LEN]>, PushError> {
+        if self.pending.is_empty() && !self.read().await? {
+            return Ok(None);
+        }
+        let bytes = self.take(FRAME_HEADER_LEN).await?;
+        let mut header = [0; FRAME_HEADER_LEN];
+        header.copy_from_slice(bytes);
+        Ok(Some(header))
+    }
+
+    /// Puts the payload of a raw frame in place, a part at a time.
+    async fn install(&mut self, core: &Core, range: PageRange) -> Result<(), PushError> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let part = install_part(core, rest).ok_or(PushError::Parts)?;
+            let data = self.take(part.bytes() as usize).await?;
+            core.install(part, data, Origin::Push)?;
+            rest = PageRange::new(part.end(), rest.count - part.count);
+        }
+        Ok(())
+    }
+
+    /// The next `length` bytes.
+    async fn take(&mut self, length: usize) -> Result<&[u8], PushError> {
+        self.joined.clear();
+        while self.joined.len() < length {
+            if self.pending.is_empty() && !self.read().await? {
+                return Err(PushError::CutShort);
+            }
+            let wanted = (length - self.joined.len()).min(self.pending.len());
+            self.joined
+                .extend_from_slice(&self.pending.split_to(wanted));
+        }
+        Ok(&self.joined)
+    }
+
+    async fn read(&mut self) -> Result<bool, PushError> {
+        match self.stream.read_chunk(READ_MAX, true).await? {
+            Some(chunk) => self.pending = chunk.bytes,
+            None => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+/// The first pages of `rest` that can be installed at a time: whole units of one region.
+fn install_part(core: &Core, rest: PageRange) -> Option<PageRange> {
+    let unit = core.layout.unit_of(rest.first)?;
+    let (region, _) = core.layout.locate(rest.first)?;
+    let rest = rest.intersect(core.layout.region_range(region)?);
+    let count = INSTALL_PAGES.max(unit.count).min(rest.count);
+    (unit.first == rest.first && count >= unit.count)
+        .then_some(PageRange::new(PageIndex(rest.first.0), count))
+}
