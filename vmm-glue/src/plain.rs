@@ -76,7 +76,10 @@ impl PlainMachine {
         let pages = file.metadata()?.len() / PAGE_SIZE as u64;
         let layout = Layout::flat(pages)
             .map_err(|error: LayoutError| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-        Ok(Self { layout, memory: Arc::new(FileMemory::new(Arc::new(file), pages)) })
+        Ok(Self {
+            layout,
+            memory: Arc::new(FileMemory::new(Arc::new(file), pages)),
+        })
     }
 }
 
@@ -86,7 +89,11 @@ impl SourceMachine for PlainMachine {
     }
 
     fn offer(&self) -> MachineOffer {
-        MachineOffer { kind: KIND.to_owned(), state_version: 1, compatibility: Vec::new() }
+        MachineOffer {
+            kind: KIND.to_owned(),
+            state_version: 1,
+            compatibility: Vec::new(),
+        }
     }
 
     fn memory(&self) -> Arc<dyn SourceMemory> {

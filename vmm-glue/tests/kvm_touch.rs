@@ -1,21 +1,238 @@
-//! The touch payload, on real KVM: it ticks, and it sees what is not as it left it.
+//! The touch payload, on real KVM: it ticks, and it notices what is not as it left it.
 
 mod common;
 
-use common::{Home, Tick, has_kvm};
+use std::os::unix::fs::FileExt;
+
+use common::{Home, Running, has_kvm};
 use lazyvm_vmm_glue::kvm::TouchConfig;
+use lazyvm_vmm_glue::kvm::touch::{TouchPlan, pattern};
+use nix::unistd::{Whence, lseek};
+
+/// Few pages, so that each of them is touched soon.
+fn small() -> TouchConfig {
+    TouchConfig {
+        fill_bytes: Some(64 << 10),
+        hot_bytes: Some(16 << 10),
+        cold_per_million: 200_000,
+        tick_touches: Some(50),
+    }
+}
+
+/// Where everything lies in a machine that [`Home::touch`] made of [`small`].
+fn plan() -> TouchPlan {
+    TouchPlan::new(&small(), 16 << 20, 1).unwrap()
+}
+
+/// Does something to a machine that stands still.
+fn tamper(machine: &Running, tamper: impl FnOnce(&std::fs::File)) {
+    machine.machine().pause().unwrap();
+    tamper(machine.machine().memory_file());
+    machine.machine().resume(false).unwrap();
+}
+
+fn read_word(file: &std::fs::File, offset: u64) -> u64 {
+    let mut word = [0; 8];
+    file.read_exact_at(&mut word, offset).unwrap();
+    u64::from_le_bytes(word)
+}
 
 #[test]
 fn it_ticks_without_errors() {
-    if !has_kvm() {
+    if !has_kvm("it_ticks_without_errors") {
         return;
     }
     let home = Home::new();
     let machine = home.touch(1, TouchConfig::default());
-    let ticks = machine.wait_ticks(10, 1);
+    let ticks = machine.wait_ticks(50, 1);
     for (pair, number) in ticks.windows(2).zip(1..) {
         assert_eq!(pair[0].tick, number);
         assert!(pair[1].touches > pair[0].touches);
     }
-    assert!(ticks.iter().all(|tick| tick.errors == 0), "{}", machine.output());
+    assert!(
+        ticks.iter().all(|tick| tick.errors == 0),
+        "{}",
+        machine.output()
+    );
+}
+
+#[test]
+fn several_vcpus_tick_each_on_its_own() {
+    if !has_kvm("several_vcpus_tick_each_on_its_own") {
+        return;
+    }
+    let home = Home::new();
+    let machine = home.touch(3, TouchConfig::default());
+    let ticks = machine.wait_ticks(10, 3);
+    assert!(
+        ticks.iter().all(|tick| tick.errors == 0),
+        "{}",
+        machine.output()
+    );
+}
+
+#[test]
+fn a_fixed_tick_has_that_many_touches() {
+    if !has_kvm("a_fixed_tick_has_that_many_touches") {
+        return;
+    }
+    let home = Home::new();
+    let machine = home.touch(1, small());
+    for tick in machine.wait_ticks(5, 1) {
+        assert_eq!(tick.touches, tick.tick * 50);
+    }
+}
+
+#[test]
+fn every_page_is_touched_in_time_and_no_other() {
+    if !has_kvm("every_page_is_touched_in_time_and_no_other") {
+        return;
+    }
+    let home = Home::new();
+    let machine = home.touch(1, small());
+    machine.wait_ticks(40, 1);
+    machine.machine().pause().unwrap();
+    let (plan, file) = (plan(), machine.machine().memory_file());
+    for page in 0..plan.fill_pages {
+        let version = read_word(file, plan.versions + page * 8);
+        assert!(version > 0, "page {page} was never touched");
+        let first = read_word(file, plan.fill + page * 4096);
+        assert_eq!(first, pattern(page, 0).wrapping_add(version));
+    }
+    let end = plan.fill + plan.fill_pages * 4096;
+    let data = lseek(file, end as i64, Whence::SeekData);
+    assert_eq!(
+        data,
+        Err(nix::errno::Errno::ENXIO),
+        "something behind the filled pages was written"
+    );
+}
+
+#[test]
+fn a_changed_word_is_reported_with_its_place_and_values() {
+    if !has_kvm("a_changed_word_is_reported_with_its_place_and_values") {
+        return;
+    }
+    let home = Home::new();
+    let machine = home.touch(1, small());
+    machine.wait_ticks(2, 1);
+    let mut version = 0;
+    tamper(&machine, |file| {
+        version = read_word(file, plan().versions + 3 * 8);
+        file.write_all_at(&0xdead_u64.to_le_bytes(), plan().fill + 3 * 4096 + 255 * 8)
+            .unwrap();
+    });
+    let expected = pattern(3, 255).wrapping_add(version);
+    assert_eq!(
+        machine.wait_error(),
+        format!("error page 3 word 255 expected {expected:x} seen dead")
+    );
+    assert_eq!(
+        machine.errors(),
+        1,
+        "noticed once, and put right by the touch"
+    );
+}
+
+#[test]
+fn a_changed_word_that_no_touch_writes_is_reported() {
+    if !has_kvm("a_changed_word_that_no_touch_writes_is_reported") {
+        return;
+    }
+    let home = Home::new();
+    let machine = home.touch(1, small());
+    machine.wait_ticks(2, 1);
+    tamper(&machine, |file| {
+        for word in (2..511).step_by(2) {
+            file.write_all_at(&1_u64.to_le_bytes(), plan().fill + 4096 + word * 8)
+                .unwrap();
+        }
+    });
+    let line = machine.wait_error();
+    assert!(
+        line.starts_with("error page 1 word ") && line.ends_with(" seen 1"),
+        "{line}"
+    );
+}
+
+#[test]
+fn a_lost_page_is_reported() {
+    if !has_kvm("a_lost_page_is_reported") {
+        return;
+    }
+    let home = Home::new();
+    let machine = home.touch(1, small());
+    machine.wait_ticks(2, 1);
+    tamper(&machine, |file| {
+        file.write_all_at(&[0; 4096], plan().fill + 2 * 4096)
+            .unwrap()
+    });
+    let line = machine.wait_error();
+    assert!(
+        line.starts_with("error page 2 word 0 ") && line.ends_with(" seen 0"),
+        "{line}"
+    );
+}
+
+#[test]
+fn a_page_that_is_out_of_date_is_reported() {
+    if !has_kvm("a_page_that_is_out_of_date_is_reported") {
+        return;
+    }
+    let home = Home::new();
+    let machine = home.touch(1, small());
+    let (place, table) = (plan().fill, plan().versions);
+    let (mut old, mut old_version) = (vec![0; 4096], 0);
+    machine.wait_ticks(2, 1);
+    tamper(&machine, |file| {
+        file.read_exact_at(&mut old, place).unwrap();
+        old_version = read_word(file, table);
+    });
+    machine.wait_ticks(20, 1);
+    let mut version = 0;
+    tamper(&machine, |file| {
+        version = read_word(file, table);
+        file.write_all_at(&old, place).unwrap();
+    });
+    assert!(version > old_version, "the page was not touched in between");
+    let line = machine.wait_error();
+    let (expected, seen) = (pattern(0, 0) + version, pattern(0, 0) + old_version);
+    assert_eq!(
+        line,
+        format!("error page 0 word 0 expected {expected:x} seen {seen:x}")
+    );
+}
+
+#[test]
+fn a_version_that_is_out_of_date_is_reported() {
+    if !has_kvm("a_version_that_is_out_of_date_is_reported") {
+        return;
+    }
+    let home = Home::new();
+    let machine = home.touch(1, small());
+    machine.wait_ticks(2, 1);
+    tamper(&machine, |file| {
+        file.write_all_at(&[0; 8], plan().versions + 8).unwrap()
+    });
+    let line = machine.wait_error();
+    assert!(line.starts_with("error page 1 word 0 "), "{line}");
+}
+
+#[test]
+fn errors_are_never_forgotten() {
+    if !has_kvm("errors_are_never_forgotten") {
+        return;
+    }
+    let home = Home::new();
+    let machine = home.touch(1, small());
+    machine.wait_ticks(2, 1);
+    tamper(&machine, |file| {
+        file.write_all_at(&[0; 8], plan().fill).unwrap()
+    });
+    machine.wait_error();
+    let seen = machine.wait_ticks(1, 1).len();
+    let ticks = machine.wait_ticks(seen + 10, 1);
+    assert!(ticks[seen..].iter().all(|tick| tick.errors > 0));
+    let lines = machine.wait_lines(1, |line| line.starts_with("error "));
+    assert_eq!(lines.len(), 1, "only the first is told in full");
 }

@@ -68,7 +68,9 @@ pub enum CompatibilityError {
         most: u32,
     },
     /// Of another CPU model.
-    #[error("the machine runs on a {theirs}, and this host is a {ours}; both must be of the same family and model")]
+    #[error(
+        "the machine runs on a {theirs}, and this host is a {ours}; both must be of the same family and model"
+    )]
     Model {
         /// The source's CPU.
         theirs: String,
@@ -98,7 +100,9 @@ pub enum CompatibilityError {
         has: u32,
     },
     /// The clock would run at another rate.
-    #[error("the machine's TSC runs at {needed} kHz, this host's at {has} kHz, and its KVM cannot scale it")]
+    #[error(
+        "the machine's TSC runs at {needed} kHz, this host's at {has} kHz, and its KVM cannot scale it"
+    )]
     TscRate {
         /// The machine's.
         needed: u32,
@@ -111,25 +115,40 @@ impl Compatibility {
     /// As it goes to the destination before the pause.
     pub(super) fn offer(&self) -> Result<MachineOffer, postcard::Error> {
         let compatibility = postcard::to_allocvec(self)?;
-        debug_assert!(compatibility.len() <= COMPATIBILITY_MAX, "256 CPUID entries take 10 KiB");
-        Ok(MachineOffer { kind: KIND.to_owned(), state_version: STATE_VERSION, compatibility })
+        debug_assert!(
+            compatibility.len() <= COMPATIBILITY_MAX,
+            "256 CPUID entries take 10 KiB"
+        );
+        Ok(MachineOffer {
+            kind: KIND.to_owned(),
+            state_version: STATE_VERSION,
+            compatibility,
+        })
     }
 
     /// Reads an offer, whatever it holds.
     pub(super) fn read(offer: &MachineOffer) -> Result<Self, CompatibilityError> {
         if offer.kind != KIND {
-            return Err(CompatibilityError::Kind { found: offer.kind.clone() });
+            return Err(CompatibilityError::Kind {
+                found: offer.kind.clone(),
+            });
         }
         if offer.state_version != STATE_VERSION {
-            return Err(CompatibilityError::Version { found: offer.state_version });
+            return Err(CompatibilityError::Version {
+                found: offer.state_version,
+            });
         }
         if offer.compatibility.len() > COMPATIBILITY_MAX {
-            return Err(CompatibilityError::Damaged(postcard::Error::DeserializeBadEncoding));
+            return Err(CompatibilityError::Damaged(
+                postcard::Error::DeserializeBadEncoding,
+            ));
         }
         let (needs, rest) =
             postcard::take_from_bytes(&offer.compatibility).map_err(CompatibilityError::Damaged)?;
         if !rest.is_empty() {
-            return Err(CompatibilityError::Damaged(postcard::Error::DeserializeBadEncoding));
+            return Err(CompatibilityError::Damaged(
+                postcard::Error::DeserializeBadEncoding,
+            ));
         }
         Ok(needs)
     }
@@ -140,10 +159,14 @@ impl Compatibility {
     /// errata, not what the guest may use.
     pub(super) fn check(&self, host: &Host) -> Result<(), CompatibilityError> {
         if self.cpus == 0 || self.cpus > host.cpus_max {
-            return Err(CompatibilityError::Cpus { needed: self.cpus, most: host.cpus_max });
+            return Err(CompatibilityError::Cpus {
+                needed: self.cpus,
+                most: host.cpus_max,
+            });
         }
         let (theirs, ours) = (cpuid::model(&self.cpuid), cpuid::model(&host.has.cpuid));
-        if (&theirs.vendor, theirs.family, theirs.model) != (&ours.vendor, ours.family, ours.model) {
+        if (&theirs.vendor, theirs.family, theirs.model) != (&ours.vendor, ours.family, ours.model)
+        {
             return Err(CompatibilityError::Model {
                 theirs: theirs.to_string(),
                 ours: ours.to_string(),
@@ -153,8 +176,10 @@ impl Compatibility {
         if !missing.is_empty() {
             return Err(CompatibilityError::Features { missing });
         }
-        let (needed, has) =
-            (cpuid::physical_bits(&self.cpuid), cpuid::physical_bits(&host.has.cpuid));
+        let (needed, has) = (
+            cpuid::physical_bits(&self.cpuid),
+            cpuid::physical_bits(&host.has.cpuid),
+        );
         if needed > has {
             return Err(CompatibilityError::PhysicalBits { needed, has });
         }
@@ -234,9 +259,9 @@ fn missing_features(needed: &[kvm_cpuid_entry2], has: &[kvm_cpuid_entry2]) -> Ve
 }
 
 fn feature_name(function: u32, index: u32, register: Register, bit: u32) -> String {
-    let named = FEATURE_NAMES.iter().find(|(f, i, r, b, _)| {
-        (*f, *i, *r as u8, *b) == (function, index, register as u8, bit)
-    });
+    let named = FEATURE_NAMES
+        .iter()
+        .find(|(f, i, r, b, _)| (*f, *i, *r as u8, *b) == (function, index, register as u8, bit));
     let register = match register {
         Register::Eax => "eax",
         Register::Ebx => "ebx",
@@ -264,7 +289,14 @@ mod tests {
 
     fn entry(function: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
         let [eax, ebx, ecx, edx] = registers;
-        kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
+        kvm_cpuid_entry2 {
+            function,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
     }
 
     fn host() -> Host {
@@ -301,11 +333,20 @@ mod tests {
             needs.check(&host()).unwrap_err().to_string()
         };
         let words = refusal(|needs| needs.cpuid[1].eax = 0x000a_0661);
-        assert!(words.contains("model 166") && words.contains("model 167"), "{words}");
+        assert!(
+            words.contains("model 166") && words.contains("model 167"),
+            "{words}"
+        );
         let words = refusal(|needs| needs.cpuid[2].ebx |= (1 << 16) | (1 << 6));
-        assert!(words.contains("avx512f") && words.contains("leaf 0x7.0 ebx bit 6"), "{words}");
+        assert!(
+            words.contains("avx512f") && words.contains("leaf 0x7.0 ebx bit 6"),
+            "{words}"
+        );
         let words = refusal(|needs| needs.cpuid[3].eax = 0x3934);
-        assert!(words.contains("52 bits") && words.contains("has 48"), "{words}");
+        assert!(
+            words.contains("52 bits") && words.contains("has 48"),
+            "{words}"
+        );
         let words = refusal(|needs| needs.tsc_khz = 2_500_000);
         assert!(words.contains("2500000 kHz"), "{words}");
         let words = refusal(|needs| needs.xsave_bytes = 11_000);
@@ -320,7 +361,12 @@ mod tests {
         needs.tsc_khz += 500;
         needs.check(&host()).unwrap();
         needs.tsc_khz = 3_000_000;
-        needs.check(&Host { scales_tsc: true, ..host() }).unwrap();
+        needs
+            .check(&Host {
+                scales_tsc: true,
+                ..host()
+            })
+            .unwrap();
     }
 
     #[test]
@@ -331,13 +377,25 @@ mod tests {
             change(&mut offer);
             Compatibility::read(&offer).unwrap_err()
         };
-        assert!(matches!(of(|o| o.kind = "qemu".into()), CompatibilityError::Kind { .. }));
-        assert!(matches!(of(|o| o.state_version += 1), CompatibilityError::Version { .. }));
-        assert!(matches!(of(|o| o.compatibility.push(0)), CompatibilityError::Damaged(_)));
+        assert!(matches!(
+            of(|o| o.kind = "qemu".into()),
+            CompatibilityError::Kind { .. }
+        ));
+        assert!(matches!(
+            of(|o| o.state_version += 1),
+            CompatibilityError::Version { .. }
+        ));
+        assert!(matches!(
+            of(|o| o.compatibility.push(0)),
+            CompatibilityError::Damaged(_)
+        ));
         for length in 0..offer.compatibility.len() {
             let mut cut = offer.clone();
             cut.compatibility.truncate(length);
-            assert!(matches!(Compatibility::read(&cut), Err(CompatibilityError::Damaged(_))));
+            assert!(matches!(
+                Compatibility::read(&cut),
+                Err(CompatibilityError::Damaged(_))
+            ));
         }
     }
 }

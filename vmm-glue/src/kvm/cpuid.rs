@@ -113,7 +113,9 @@ pub(super) fn leaf(
     function: u32,
     index: u32,
 ) -> Option<&kvm_cpuid_entry2> {
-    entries.iter().find(|entry| entry.function == function && entry.index == index)
+    entries
+        .iter()
+        .find(|entry| entry.function == function && entry.index == index)
 }
 
 /// The vendor, family, model and stepping, as far as they tell which CPU this is.
@@ -128,16 +130,26 @@ pub(super) struct Model {
 /// Reads the model; unknown fields stay empty.
 pub(super) fn model(entries: &[kvm_cpuid_entry2]) -> Model {
     let vendor = leaf(entries, LEAF_VENDOR, 0).map_or_else(String::new, |entry| {
-        let bytes: Vec<u8> =
-            [entry.ebx, entry.edx, entry.ecx].into_iter().flat_map(u32::to_le_bytes).collect();
-        bytes.iter().filter(|byte| byte.is_ascii_graphic()).map(|&byte| char::from(byte)).collect()
+        let bytes: Vec<u8> = [entry.ebx, entry.edx, entry.ecx]
+            .into_iter()
+            .flat_map(u32::to_le_bytes)
+            .collect();
+        bytes
+            .iter()
+            .filter(|byte| byte.is_ascii_graphic())
+            .map(|&byte| char::from(byte))
+            .collect()
     });
     let signature = leaf(entries, LEAF_FEATURES, 0).map_or(0, |entry| entry.eax);
     let base_family = (signature >> 8) & 0xf;
     let extended_family = (signature >> 20) & 0xff;
     Model {
         vendor,
-        family: if base_family == 0xf { base_family + extended_family } else { base_family },
+        family: if base_family == 0xf {
+            base_family + extended_family
+        } else {
+            base_family
+        },
         model: ((signature >> 4) & 0xf) | ((signature >> 12) & 0xf0),
         stepping: signature & 0xf,
     }
@@ -148,7 +160,11 @@ impl std::fmt::Display for Model {
         write!(
             f,
             "{} family {} model {} stepping {}",
-            if self.vendor.is_empty() { "unknown" } else { &self.vendor },
+            if self.vendor.is_empty() {
+                "unknown"
+            } else {
+                &self.vendor
+            },
             self.family,
             self.model,
             self.stepping
@@ -163,7 +179,11 @@ fn clear(entry: &mut kvm_cpuid_entry2) {
 /// The last level is everybody's, the others are each core's own.
 fn share_caches(entry: &mut kvm_cpuid_entry2, cpus: u32) {
     let level = (entry.eax >> 5) & 7;
-    let sharing = if level >= 3 { (1 << core_bits(cpus)) - 1 } else { 0 };
+    let sharing = if level >= 3 {
+        (1 << core_bits(cpus)) - 1
+    } else {
+        0
+    };
     let cores = (1_u32 << core_bits(cpus)) - 1;
     entry.eax = (entry.eax & 0x3fff) | (sharing << 14) | (cores.min(0x3f) << 26);
 }
@@ -191,7 +211,15 @@ mod tests {
 
     fn entry(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
         let [eax, ebx, ecx, edx] = registers;
-        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -216,7 +244,10 @@ mod tests {
         assert_eq!(leaf(&third, 0xb, 1).unwrap().ebx, 3);
         assert_eq!(leaf(&third, 0xb, 1).unwrap().eax, 2, "bits for three cores");
         assert!(leaf(&third, 0xb, 2).is_none());
-        assert_eq!(leaf(&third, 0x8000_0001, 0).unwrap().ecx & EXTENDED_ECX_SVM, 0);
+        assert_eq!(
+            leaf(&third, 0x8000_0001, 0).unwrap().ecx & EXTENDED_ECX_SVM,
+            0
+        );
         assert!(has_pages_1g(&third));
     }
 
@@ -226,7 +257,10 @@ mod tests {
             entry(0, 0, [0x24, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
             entry(1, 0, [0x000a_0671, 0, 0, 0]),
         ];
-        assert_eq!(model(&intel).to_string(), "GenuineIntel family 6 model 167 stepping 1");
+        assert_eq!(
+            model(&intel).to_string(),
+            "GenuineIntel family 6 model 167 stepping 1"
+        );
         let amd = [entry(1, 0, [0x00a2_0f10, 0, 0, 0])];
         assert_eq!(model(&amd).family, 25);
         assert_eq!(model(&amd).model, 0x21);

@@ -59,7 +59,9 @@ pub enum LoadStateError {
     #[error("cannot read the machine's state")]
     Decode(#[from] DecodeError),
     /// It is another machine's.
-    #[error("the state is of another machine ({state}) than the one that was announced ({prepared})")]
+    #[error(
+        "the state is of another machine ({state}) than the one that was announced ({prepared})"
+    )]
     Shape {
         /// What the state says.
         state: String,
@@ -95,7 +97,10 @@ pub struct Destination {
 impl Destination {
     /// Nothing is made yet.
     pub fn new(config: DestinationConfig) -> Self {
-        Self { config, machine: ArrivingMachine::default() }
+        Self {
+            config,
+            machine: ArrivingMachine::default(),
+        }
     }
 
     /// Where the machine will be found. Its memory counts as incomplete until
@@ -113,6 +118,9 @@ impl Destination {
         layout: &Layout,
         offer: &MachineOffer,
     ) -> Result<LazyMemory, PrepareError> {
+        if self.machine.get().is_some() {
+            return Err(PrepareError::Twice);
+        }
         let needs = Compatibility::read(offer)?;
         let hypervisor = Hypervisor::open()?;
         needs.check(&hypervisor.host(needs.cpus)?)?;
@@ -124,7 +132,10 @@ impl Destination {
             &self.config.serial,
             self.config.control.clone(),
         )?;
-        self.machine.0.set(machine).map_err(|_| PrepareError::Twice)?;
+        self.machine
+            .0
+            .set(machine)
+            .map_err(|_| PrepareError::Twice)?;
         Ok(sys::lazy_memory(&ram, self.config.install)?)
     }
 
@@ -141,7 +152,11 @@ impl Destination {
 }
 
 impl DestinationMachine for Destination {
-    fn prepare(&mut self, layout: &Layout, offer: &MachineOffer) -> Result<LazyMemory, MachineError> {
+    fn prepare(
+        &mut self,
+        layout: &Layout,
+        offer: &MachineOffer,
+    ) -> Result<LazyMemory, MachineError> {
         Ok(self.prepare_machine(layout, offer)?)
     }
 

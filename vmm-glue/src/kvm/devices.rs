@@ -19,7 +19,9 @@ pub(super) struct Devices {
 
 impl Devices {
     pub(super) fn new(console: Console) -> Self {
-        Self { console: Mutex::new(console) }
+        Self {
+            console: Mutex::new(console),
+        }
     }
 
     /// The serial console.
@@ -54,5 +56,7 @@ impl Devices {
 }
 
 fn serial_register(port: u16) -> Option<u8> {
-    port.checked_sub(serial::PORT).filter(|&register| register < 8).map(|register| register as u8)
+    port.checked_sub(serial::PORT)
+        .filter(|&register| register < 8)
+        .map(|register| register as u8)
 }

@@ -33,7 +33,10 @@ pub enum ExitReason {
 impl ExitReason {
     /// Whether the machine ended as someone, the guest included, wanted.
     pub fn is_orderly(&self) -> bool {
-        matches!(self, Self::Quit | Self::Released | Self::Reset | Self::PowerOff)
+        matches!(
+            self,
+            Self::Quit | Self::Released | Self::Reset | Self::PowerOff
+        )
     }
 }
 
@@ -44,7 +47,9 @@ impl fmt::Display for ExitReason {
             Self::Released => f.write_str("moved away"),
             Self::Reset => f.write_str("the guest asked for a reset"),
             Self::PowerOff => f.write_str("the guest switched itself off"),
-            Self::TripleFault { cpu } => write!(f, "the guest crashed with a triple fault on vCPU {cpu}"),
+            Self::TripleFault { cpu } => {
+                write!(f, "the guest crashed with a triple fault on vCPU {cpu}")
+            }
             Self::HaltedForEver => f.write_str("the guest halted for ever, with interrupts off"),
             Self::Failed { cpu, cause } => write!(f, "vCPU {cpu} cannot go on: {cause}"),
         }

@@ -64,8 +64,16 @@ pub(super) struct Gate {
 impl Gate {
     pub(super) fn new(cpus: u32, phase: Phase) -> Self {
         let cpus = cpus as usize;
-        let state = State { phase, inside: 0, asked: vec![false; cpus], asleep: vec![false; cpus] };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+        let state = State {
+            phase,
+            inside: 0,
+            asked: vec![false; cpus],
+            asleep: vec![false; cpus],
+        };
+        Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }
     }
 
     pub(super) fn phase(&self) -> Phase {
@@ -102,7 +110,11 @@ impl Gate {
             return Order::Leave;
         }
         clear();
-        if std::mem::take(&mut state.asked[cpu as usize]) { Order::Probe } else { Order::GoOn }
+        if std::mem::take(&mut state.asked[cpu as usize]) {
+            Order::Probe
+        } else {
+            Order::GoOn
+        }
     }
 
     /// The answer to [`Order::Probe`]. `true`: this was the last of all vCPUs to be asleep.
@@ -171,6 +183,8 @@ impl Gate {
     }
 
     fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -75,7 +75,9 @@ impl Hypervisor {
     /// Opens it and checks that it has what a move needs.
     pub(super) fn open() -> Result<Self, HardwareError> {
         let kvm = Kvm::new().map_err(|error| match error.errno() {
-            nix::libc::ENOENT | nix::libc::ENODEV | nix::libc::ENXIO if !Path::new(KVM_PATH).exists() => {
+            nix::libc::ENOENT | nix::libc::ENODEV | nix::libc::ENXIO
+                if !Path::new(KVM_PATH).exists() =>
+            {
                 HardwareError::NoKvm
             }
             nix::libc::EACCES | nix::libc::EPERM => HardwareError::Permission,
@@ -108,15 +110,23 @@ impl Hypervisor {
     pub(super) fn host(&self, cpus: u32) -> Result<Host, HardwareError> {
         let cpus_max = self.cpus_max();
         if cpus == 0 || cpus > cpus_max {
-            return Err(HardwareError::Cpus { cpus, most: cpus_max });
+            return Err(HardwareError::Cpus {
+                cpus,
+                most: cpus_max,
+            });
         }
         // The clock rate and the extended state's length are told of machines only.
-        let vm = self.kvm.create_vm().map_err(step("make a virtual machine"))?;
+        let vm = self
+            .kvm
+            .create_vm()
+            .map_err(step("make a virtual machine"))?;
         let vcpu = vm.create_vcpu(0).map_err(step("make a vCPU"))?;
         Ok(Host {
             has: Compatibility {
                 cpus,
-                tsc_khz: vcpu.get_tsc_khz().map_err(step("tell the rate of the TSC"))?,
+                tsc_khz: vcpu
+                    .get_tsc_khz()
+                    .map_err(step("tell the rate of the TSC"))?,
                 xsave_bytes: vm.check_extension_int(Cap::Xsave2).max(4096) as u32,
                 cpuid: cpuid::for_machine(&self.kvm, cpus).map_err(step("tell the CPUID"))?,
             },
@@ -127,7 +137,10 @@ impl Hypervisor {
 
     /// The MSRs that make up a vCPU's state on this kernel.
     pub(super) fn msr_indices(&self) -> Result<Vec<u32>, HardwareError> {
-        let list = self.kvm.get_msr_index_list().map_err(step("list its MSRs"))?;
+        let list = self
+            .kvm
+            .get_msr_index_list()
+            .map_err(step("list its MSRs"))?;
         Ok(list.as_slice().to_vec())
     }
 
@@ -140,17 +153,29 @@ impl Hypervisor {
         let msr_indices = self.msr_indices()?;
         let vm = GuestVm::new(&self.kvm, ram).map_err(step("make a virtual machine"))?;
         let vm = Arc::new(vm);
-        vm.fd().set_tss_address(TSS_ADDRESS).map_err(step("place the TSS"))?;
+        vm.fd()
+            .set_tss_address(TSS_ADDRESS)
+            .map_err(step("place the TSS"))?;
         vm.fd()
             .set_identity_map_address(IDENTITY_MAP_ADDRESS)
             .map_err(step("place the identity map"))?;
-        vm.fd().create_irq_chip().map_err(step("make the interrupt controllers"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.fd()
+            .create_irq_chip()
+            .map_err(step("make the interrupt controllers"))?;
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
         vm.fd().create_pit2(pit).map_err(step("make the timer"))?;
         let vcpus = (0..needs.cpus)
             .map(|id| build_vcpu(&vm, id, &needs))
             .collect::<Result<_, _>>()?;
-        Ok(Hardware { vm, vcpus, needs, msr_indices })
+        Ok(Hardware {
+            vm,
+            vcpus,
+            needs,
+            msr_indices,
+        })
     }
 }
 
@@ -163,8 +188,15 @@ fn build_vcpu(vm: &Arc<GuestVm>, id: u32, needs: &Compatibility) -> Result<Vcpu,
     let cpuid = cpuid::to_kvm(&cpuid::for_vcpu(&needs.cpuid, id))
         .ok_or_else(|| step("take so long a CPUID")(errno::Error::new(nix::libc::E2BIG)))?;
     vcpu.fd.set_cpuid2(&cpuid).map_err(step("set the CPUID"))?;
-    if vcpu.fd.get_tsc_khz().map_err(step("tell the rate of the TSC"))? != needs.tsc_khz {
-        vcpu.fd.set_tsc_khz(needs.tsc_khz).map_err(step("set the rate of the TSC"))?;
+    if vcpu
+        .fd
+        .get_tsc_khz()
+        .map_err(step("tell the rate of the TSC"))?
+        != needs.tsc_khz
+    {
+        vcpu.fd
+            .set_tsc_khz(needs.tsc_khz)
+            .map_err(step("set the rate of the TSC"))?;
     }
     Ok(vcpu)
 }

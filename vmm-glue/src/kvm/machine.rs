@@ -1,5 +1,6 @@
 //! A machine from start to end.
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,7 +28,6 @@ use super::serial::{self, Console, SerialTarget};
 use super::state::{self, MachineState, Shape, TransferError};
 use super::sys::{GuestVm, Vcpu};
 use super::vcpu::Slot;
-
 
 /// How often held-back console output is written out.
 const HOUSEKEEPING: Duration = Duration::from_millis(100);
@@ -184,10 +184,13 @@ impl Machine {
             config.control.clone(),
         )?;
         machine.set_memory_complete();
-        machine.shared.start().map_err(|error| AssembleError::Step {
-            step: "start the machine",
-            source: io::Error::other(error),
-        })?;
+        machine
+            .shared
+            .start()
+            .map_err(|error| AssembleError::Step {
+                step: "start the machine",
+                source: io::Error::other(error),
+            })?;
         Ok(machine)
     }
 
@@ -200,23 +203,36 @@ impl Machine {
     ) -> Result<Self, AssembleError> {
         let step = |step| move |source| AssembleError::Step { step, source };
         let kvm_step = |step| {
-            move |error: errno::Error| AssembleError::Step { step, source: error.into() }
+            move |error: errno::Error| AssembleError::Step {
+                step,
+                source: error.into(),
+            }
         };
         register_signal_handler(SIGRTMIN(), ignore_signal)
             .map_err(kvm_step("register the signal that calls vCPUs"))?;
-        let Hardware { vm, vcpus, needs, msr_indices } = hardware;
+        let Hardware {
+            vm,
+            vcpus,
+            needs,
+            msr_indices,
+        } = hardware;
         let irq = EventFd::new(nix::libc::EFD_NONBLOCK | nix::libc::EFD_CLOEXEC)
             .map_err(step("make the serial console's interrupt"))?;
         vm.fd()
             .register_irqfd(&irq, serial::IRQ)
             .map_err(kvm_step("register the serial console's interrupt"))?;
-        let console = Console::new(serial, irq)
-            .map_err(|source| AssembleError::Console { target: serial.clone(), source })?;
+        let console = Console::new(serial, irq).map_err(|source| AssembleError::Console {
+            target: serial.clone(),
+            source,
+        })?;
         let slots = (0_u32..)
             .zip(vcpus)
             .map(|(cpu, vcpu)| Slot::new(cpu, vcpu))
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|errno| AssembleError::Step { step: "map a vCPU", source: errno.into() })?;
+            .map_err(|errno| AssembleError::Step {
+                step: "map a vCPU",
+                source: errno.into(),
+            })?;
         let shared = Arc::new(Shared {
             id: machine_id(),
             payload: Mutex::new(payload),
@@ -232,8 +248,12 @@ impl Machine {
             memory_complete: AtomicBool::new(false),
             handed_out: AtomicBool::new(false),
         });
-        let control = ControlServer::bind(&control, Arc::clone(&shared))
-            .map_err(|source| AssembleError::Control { path: control.clone(), source })?;
+        let control = ControlServer::bind(&control, Arc::clone(&shared)).map_err(|source| {
+            AssembleError::Control {
+                path: control.clone(),
+                source,
+            }
+        })?;
         let housekeeper = std::thread::Builder::new()
             .name("housekeeper".to_owned())
             .spawn({
@@ -241,7 +261,11 @@ impl Machine {
                 move || shared.keep_house()
             })
             .map_err(step("start the housekeeper's thread"))?;
-        Ok(Self { shared, housekeeper: Some(housekeeper), control })
+        Ok(Self {
+            shared,
+            housekeeper: Some(housekeeper),
+            control,
+        })
     }
 
     pub(super) fn shared(&self) -> &Arc<Shared> {
@@ -285,6 +309,17 @@ impl Machine {
     /// What it is doing.
     pub fn status(&self) -> Status {
         self.shared.status()
+    }
+
+    /// The file behind its memory: byte `n` of the image is byte `n` of the file. Whoever writes to it under a running
+    /// guest does what a device would do.
+    pub fn memory_file(&self) -> &Arc<File> {
+        self.shared.ram().file()
+    }
+
+    /// How its memory lies.
+    pub fn layout(&self) -> &Layout {
+        self.shared.ram().layout()
     }
 
     /// Says that all its memory is here, so that it can be moved on.
@@ -340,7 +375,8 @@ impl Shared {
             }
         }
         lock(&self.threads).append(&mut threads);
-        self.gate.change(Phase::Running, |phase| *phase == Phase::Incoming, || {});
+        self.gate
+            .change(Phase::Running, |phase| *phase == Phase::Incoming, || {});
         Ok(())
     }
 
@@ -366,7 +402,9 @@ impl Shared {
     pub(super) fn stop(&self, reason: ExitReason) {
         let running = |phase: &Phase| !matches!(phase, Phase::Stopped(_));
         let told = reason.to_string();
-        let before = self.gate.change(Phase::Stopped(reason), running, || self.call_vcpus());
+        let before = self
+            .gate
+            .change(Phase::Stopped(reason), running, || self.call_vcpus());
         if running(&before) {
             tracing::info!(reason = told, "the machine ended");
         }
@@ -380,7 +418,9 @@ impl Shared {
     /// Gives whether the machine ran.
     fn pause_now(&self) -> Result<bool, OperationError> {
         let running = |phase: &Phase| *phase == Phase::Running;
-        let before = self.gate.change(Phase::Paused, running, || self.call_vcpus());
+        let before = self
+            .gate
+            .change(Phase::Paused, running, || self.call_vcpus());
         match before {
             Phase::Incoming => return Err(OperationError::Incoming),
             Phase::Stopped(reason) => return Err(OperationError::Stopped(reason)),
@@ -397,10 +437,7 @@ impl Shared {
 
     pub(super) fn resume(&self, force: bool) -> Result<(), OperationError> {
         let _operation = lock(&self.operation);
-        if self.gate.phase() == Phase::Paused
-            && self.handed_out.load(Ordering::Acquire)
-            && !force
-        {
+        if self.gate.phase() == Phase::Paused && self.handed_out.load(Ordering::Acquire) && !force {
             return Err(OperationError::HandedOut);
         }
         self.resume_now()
@@ -413,7 +450,10 @@ impl Shared {
                 let _ = lock(&slot.vcpu).fd.kvmclock_ctrl();
             }
         }
-        match self.gate.change(Phase::Running, |phase| *phase == Phase::Paused, || {}) {
+        match self
+            .gate
+            .change(Phase::Running, |phase| *phase == Phase::Paused, || {})
+        {
             Phase::Incoming => Err(OperationError::Incoming),
             Phase::Stopped(reason) => Err(OperationError::Stopped(reason)),
             Phase::Running => Ok(()),
@@ -447,7 +487,14 @@ impl Shared {
             payload: lock(&self.payload).clone(),
         };
         let needs = self.needs.clone();
-        Ok(state::take(&self.vm, &vcpus, &self.msr_indices, shape, needs, console)?)
+        Ok(state::take(
+            &self.vm,
+            &vcpus,
+            &self.msr_indices,
+            shape,
+            needs,
+            console,
+        )?)
     }
 
     /// Ends a machine that runs elsewhere now.
@@ -470,7 +517,9 @@ impl Shared {
         match self.gate.phase() {
             Phase::Incoming => Err(OperationError::Incoming),
             Phase::Stopped(reason) => Err(OperationError::Stopped(reason)),
-            _ if !self.memory_complete.load(Ordering::Acquire) => Err(OperationError::MemoryArriving),
+            _ if !self.memory_complete.load(Ordering::Acquire) => {
+                Err(OperationError::MemoryArriving)
+            }
             _ => Ok(()),
         }
     }
@@ -562,6 +611,8 @@ extern "C" fn ignore_signal(
 
 /// A random number from the kernel, or, without `/proc`, one that is at least this process's own.
 fn machine_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/uuid")
-        .map_or_else(|_| format!("pid-{}", std::process::id()), |id| id.trim().to_owned())
+    std::fs::read_to_string("/proc/sys/kernel/random/uuid").map_or_else(
+        |_| format!("pid-{}", std::process::id()),
+        |id| id.trim().to_owned(),
+    )
 }

@@ -120,8 +120,8 @@ impl GuestRam {
     fn with_layout(layout: Layout) -> Result<Self, MemoryError> {
         let backing = layout.regions()[0].backing;
         let bytes = layout.bytes();
-        let file = create_file(bytes, backing)
-            .map_err(|source| MemoryError::Create { bytes, source })?;
+        let file =
+            create_file(bytes, backing).map_err(|source| MemoryError::Create { bytes, source })?;
         let file = Arc::new(file);
         let mut offset = 0;
         let mut regions = Vec::with_capacity(layout.regions().len());
@@ -129,10 +129,16 @@ impl GuestRam {
             regions.push(map_region(&file, offset, region)?);
             offset += region.pages * PAGE_SIZE as u64;
         }
-        let mapping = GuestMemoryMmap::from_regions(regions).map_err(|error| {
-            MemoryError::Map { bytes, backing, source: Box::new(error) }
+        let mapping = GuestMemoryMmap::from_regions(regions).map_err(|error| MemoryError::Map {
+            bytes,
+            backing,
+            source: Box::new(error),
         })?;
-        Ok(Self { file, mapping, layout })
+        Ok(Self {
+            file,
+            mapping,
+            layout,
+        })
     }
 
     /// The region table.
@@ -155,12 +161,18 @@ impl GuestRam {
     /// # Errors
     /// Any that opening it through `/proc/self/fd` gives.
     pub fn open_read_only(&self) -> io::Result<File> {
-        File::open(PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd())))
+        File::open(PathBuf::from(format!(
+            "/proc/self/fd/{}",
+            self.file.as_raw_fd()
+        )))
     }
 
     /// The host address at which each region of the layout begins.
     pub fn host_addresses(&self) -> Vec<u64> {
-        self.mapping.iter().map(|region| region.as_ptr() as u64).collect()
+        self.mapping
+            .iter()
+            .map(|region| region.as_ptr() as u64)
+            .collect()
     }
 
     /// Writes `data` from byte `offset` of the image on, through the mapping.
@@ -206,7 +218,10 @@ fn layout_of(bytes: u64, backing: Backing) -> Result<Layout, MemoryError> {
         return Err(MemoryError::TooSmall { bytes });
     }
     if bytes % backing.bytes() != 0 {
-        return Err(MemoryError::NotWhole { bytes, page: backing.bytes() });
+        return Err(MemoryError::NotWhole {
+            bytes,
+            page: backing.bytes(),
+        });
     }
     let low = bytes.min(MMIO_GAP_START);
     let mut regions = vec![Region {
@@ -234,7 +249,10 @@ fn create_file(bytes: u64, backing: Backing) -> io::Result<File> {
     let file = File::from(memfd_create(c"lazyvm-guest", flags)?);
     file.set_len(bytes)?;
     // Whoever is handed the file cannot take the ground from under the mapping.
-    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW))?;
+    fcntl(
+        &file,
+        FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW),
+    )?;
     Ok(file)
 }
 
@@ -244,7 +262,11 @@ fn map_region(
     region: &Region,
 ) -> Result<GuestRegionMmap, MemoryError> {
     let bytes = region.pages * PAGE_SIZE as u64;
-    let failed = |source| MemoryError::Map { bytes, backing: region.backing, source };
+    let failed = |source| MemoryError::Map {
+        bytes,
+        backing: region.backing,
+        source,
+    };
     // Small pages are not reserved, so that a sparse machine may be larger than the host. Huge pages are: without
     // a reservation a touch in want of one would end the process with SIGBUS.
     let flags = match region.backing {
@@ -291,7 +313,9 @@ mod tests {
         ram.file().read_exact_at(&mut seen, offset).unwrap();
         assert_eq!(seen, data);
         let mut high = vec![0; 4096];
-        ram.mapping().read_slice(&mut high, GuestAddress(4 << 30)).unwrap();
+        ram.mapping()
+            .read_slice(&mut high, GuestAddress(4 << 30))
+            .unwrap();
         assert_eq!(high, data[4096..]);
     }
 
@@ -305,13 +329,19 @@ mod tests {
             GuestRam::new((8 << 20) + 1, Backing::Small),
             Err(MemoryError::NotWhole { .. })
         ));
-        assert!(matches!(GuestRam::new(32 << 40, Backing::Small), Err(MemoryError::Layout { .. })));
+        assert!(matches!(
+            GuestRam::new(32 << 40, Backing::Small),
+            Err(MemoryError::Layout { .. })
+        ));
     }
 
     #[test]
     fn a_layout_of_another_shape_is_refused() {
         let flat = Layout::flat((5 << 30) / 4096).unwrap();
-        assert!(matches!(GuestRam::like(&flat), Err(MemoryError::Foreign(_))));
+        assert!(matches!(
+            GuestRam::like(&flat),
+            Err(MemoryError::Foreign(_))
+        ));
         let own = layout_of(5 << 30, Backing::Small).unwrap();
         assert_eq!(GuestRam::like(&own).unwrap().layout(), &own);
     }

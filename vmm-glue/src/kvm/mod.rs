@@ -26,6 +26,8 @@ mod serial;
 pub mod source;
 pub mod state;
 mod sys;
+#[cfg(test)]
+mod testing;
 pub mod touch;
 mod vcpu;
 

@@ -32,9 +32,7 @@ pub enum SerialTarget {
 impl SerialTarget {
     fn open(&self) -> io::Result<Box<dyn Write + Send>> {
         Ok(match self {
-            Self::File(path) => {
-                Box::new(File::options().append(true).create(true).open(path)?)
-            }
+            Self::File(path) => Box::new(File::options().append(true).create(true).open(path)?),
             Self::Stdio => Box::new(io::stdout()),
             Self::Nothing => Box::new(io::sink()),
         })
@@ -80,7 +78,9 @@ impl Console {
     /// Makes the device; `irq` is registered with KVM for [`IRQ`].
     pub(super) fn new(target: &SerialTarget, irq: EventFd) -> io::Result<Self> {
         let writer = LineWriter::new(target.open()?);
-        Ok(Self { uart: Serial::new(IrqLine(irq), writer) })
+        Ok(Self {
+            uart: Serial::new(IrqLine(irq), writer),
+        })
     }
 
     /// The guest writes to register `offset`.
@@ -142,7 +142,10 @@ impl Console {
         };
         let irq = self.uart.interrupt_evt().0.try_clone();
         let irq = irq.map_err(|error| refused(&SerialError::Trigger(error)))?;
-        let writer = std::mem::replace(self.uart.writer_mut(), LineWriter::new(Box::new(io::sink())));
+        let writer = std::mem::replace(
+            self.uart.writer_mut(),
+            LineWriter::new(Box::new(io::sink())),
+        );
         self.uart = Serial::from_state(&registers, IrqLine(irq), NoEvents, writer)
             .map_err(|error| refused(&error))?;
         Ok(())
@@ -177,7 +180,11 @@ struct LineWriter {
 
 impl LineWriter {
     fn new(out: Box<dyn Write + Send>) -> Self {
-        Self { out, held: Vec::with_capacity(LINE_MAX), report: ConsoleReport::default() }
+        Self {
+            out,
+            held: Vec::with_capacity(LINE_MAX),
+            report: ConsoleReport::default(),
+        }
     }
 
     fn push(&mut self) -> io::Result<()> {
@@ -235,7 +242,10 @@ mod tests {
         console.flush();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "before\none\ntw");
         let report = console.report();
-        assert_eq!((report.bytes, report.lines, &*report.last_line), (6, 1, "one"));
+        assert_eq!(
+            (report.bytes, report.lines, &*report.last_line),
+            (6, 1, "one")
+        );
     }
 
     #[test]
@@ -257,7 +267,10 @@ mod tests {
     fn an_input_buffer_that_is_too_long_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let mut console = console(&folder.path().join("serial"));
-        let state = ConsoleState { in_buffer: vec![0; 4096], ..console.state() };
+        let state = ConsoleState {
+            in_buffer: vec![0; 4096],
+            ..console.state()
+        };
         assert!(console.load(&state).is_err());
     }
 }

@@ -71,7 +71,10 @@ impl RemoteMachine {
             id: info.id,
             layout: info.layout,
             offer: info.offer,
-            memory: Arc::new(MemfdMemory { file, bytes: expected }),
+            memory: Arc::new(MemfdMemory {
+                file,
+                bytes: expected,
+            }),
             client: Mutex::new(Some(client)),
         })
     }
@@ -98,7 +101,9 @@ impl RemoteMachine {
         }
         let mut client = ControlClient::connect(&self.path)?;
         if client.status()?.id != self.id {
-            return Err(RemoteError::Replaced { path: self.path.clone() });
+            return Err(RemoteError::Replaced {
+                path: self.path.clone(),
+            });
         }
         let result = request(&mut client)?;
         *kept = Some(client);
@@ -148,7 +153,10 @@ struct MemfdMemory {
 impl SourceMemory for MemfdMemory {
     fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
         if out.len() as u64 != range.bytes() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "buffer of another length"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "buffer of another length",
+            ));
         }
         self.file.read_exact_at(out, range.first.byte_offset())
     }
@@ -184,25 +192,43 @@ mod tests {
         let ram = GuestRam::new(64 << 20, Backing::Small).unwrap();
         ram.write_image(3 * 4096 + 100, &[1; 4096]).unwrap();
         ram.write_image((64 << 20) - 1, &[2]).unwrap();
-        let memory =
-            MemfdMemory { file: ram.open_read_only().unwrap(), bytes: ram.layout().bytes() };
+        let memory = MemfdMemory {
+            file: ram.open_read_only().unwrap(),
+            bytes: ram.layout().bytes(),
+        };
         let mut runs = Vec::new();
         memory.data_runs(&mut |range| runs.push(range)).unwrap();
         assert_eq!(
             runs,
-            [PageRange::new(PageIndex(3), 2), PageRange::new(PageIndex(16383), 1)]
+            [
+                PageRange::new(PageIndex(3), 2),
+                PageRange::new(PageIndex(16383), 1)
+            ]
         );
         let mut page = vec![0; 4096];
-        memory.read(PageRange::one(PageIndex(16383)), &mut page).unwrap();
+        memory
+            .read(PageRange::one(PageIndex(16383)), &mut page)
+            .unwrap();
         assert_eq!(page[4095], 2);
-        assert!(memory.read(PageRange::one(PageIndex(0)), &mut [0; 100]).is_err());
-        assert!(memory.read(PageRange::one(PageIndex(16384)), &mut page).is_err());
+        assert!(
+            memory
+                .read(PageRange::one(PageIndex(0)), &mut [0; 100])
+                .is_err()
+        );
+        assert!(
+            memory
+                .read(PageRange::one(PageIndex(16384)), &mut page)
+                .is_err()
+        );
     }
 
     #[test]
     fn empty_memory_has_no_runs() {
         let ram = GuestRam::new(8 << 20, Backing::Small).unwrap();
-        let memory = MemfdMemory { file: ram.open_read_only().unwrap(), bytes: 8 << 20 };
+        let memory = MemfdMemory {
+            file: ram.open_read_only().unwrap(),
+            bytes: 8 << 20,
+        };
         memory.data_runs(&mut |range| panic!("{range}")).unwrap();
     }
 }

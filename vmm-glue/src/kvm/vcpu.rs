@@ -27,7 +27,11 @@ pub(super) struct Slot {
 impl Slot {
     pub(super) fn new(cpu: u32, vcpu: Vcpu) -> nix::Result<Self> {
         let immediate_exit = ImmediateExit::new(&vcpu.fd)?;
-        Ok(Self { cpu, vcpu: Mutex::new(vcpu), immediate_exit })
+        Ok(Self {
+            cpu,
+            vcpu: Mutex::new(vcpu),
+            immediate_exit,
+        })
     }
 
     /// The thread: runs the guest whenever the gate lets it, until the machine stops. Gives why it stopped here, if
@@ -100,10 +104,12 @@ fn run_once(vcpu: &mut Vcpu, cpu: u32, devices: &Devices) -> Step {
         Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Step::End(ExitReason::PowerOff),
         Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Step::End(ExitReason::Reset),
         Ok(VcpuExit::InternalError) => failed(describe_internal_error(vcpu)),
-        Ok(VcpuExit::FailEntry(reason, _)) => {
-            failed(format!("the CPU refuses to enter the guest (reason {reason:#x})"))
-        }
-        Ok(exit) => failed(format!("KVM reports {exit:?}, which no machine of this kind causes")),
+        Ok(VcpuExit::FailEntry(reason, _)) => failed(format!(
+            "the CPU refuses to enter the guest (reason {reason:#x})"
+        )),
+        Ok(exit) => failed(format!(
+            "KVM reports {exit:?}, which no machine of this kind causes"
+        )),
         Err(error) => match error.errno() {
             nix::libc::EINTR => Step::Interrupted,
             nix::libc::EAGAIN => Step::GoOn,
@@ -123,7 +129,10 @@ fn describe_internal_error(vcpu: &mut Vcpu) -> String {
         EMULATION => "KVM cannot emulate an instruction".to_owned(),
         other => format!("KVM internal error {other}"),
     };
-    let place = vcpu.fd.get_regs().map_or_else(|_| String::new(), |regs| format!(" at {:#x}", regs.rip));
+    let place = vcpu
+        .fd
+        .get_regs()
+        .map_or_else(|_| String::new(), |regs| format!(" at {:#x}", regs.rip));
     format!("{what}{place} ({:x?})", error.data)
 }
 

@@ -1,9 +1,14 @@
 //! What the tests of the built-in monitor share.
 #![allow(dead_code, reason = "each test file uses its own part of it")]
 
+// One pool of huge pages for the whole machine, so one way to take turns with it.
+#[path = "../../../pager/tests/common/huge.rs"]
+pub mod huge;
+pub mod payload;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,13 +24,19 @@ use lazyvm_wire::{Backing, PAGE_SIZE, PageRange};
 /// How long anything here may take on a slow machine; only a test that fails waits for it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Whether this host has KVM. Without it a test does nothing and says so; in CI it fails.
-pub fn has_kvm() -> bool {
+/// Tells loudly that a test was not run; fails it where it has to run.
+pub fn skip(test: &str, why: &str) {
+    assert!(std::env::var_os("CI").is_none(), "{test} can't run: {why}");
+    eprintln!("SKIPPED {test}: {why}");
+}
+
+/// Whether this host has KVM.
+pub fn has_kvm(test: &str) -> bool {
     let usable = File::options().read(true).write(true).open("/dev/kvm");
-    let Err(error) = usable else { return true };
-    assert!(std::env::var_os("CI").is_none(), "this test needs /dev/kvm: {error}");
-    eprintln!("SKIPPED: this test needs /dev/kvm, which cannot be opened: {error}");
-    false
+    if let Err(error) = &usable {
+        skip(test, &format!("/dev/kvm cannot be opened: {error}"));
+    }
+    usable.is_ok()
 }
 
 /// A folder with a machine's files in it.
@@ -36,13 +47,18 @@ pub struct Home {
 
 impl Home {
     pub fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), count: std::cell::Cell::new(0) }
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            count: std::cell::Cell::new(0),
+        }
     }
 
     /// A new path in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.count.set(self.count.get() + 1);
-        self.folder.path().join(format!("{name}-{}", self.count.get()))
+        self.folder
+            .path()
+            .join(format!("{name}-{}", self.count.get()))
     }
 
     /// A machine of 16 MiB with the touch payload.
@@ -73,19 +89,28 @@ impl Home {
 
     pub fn boot(&self, config: MachineConfig) -> Running {
         let machine = Machine::boot(&config).unwrap();
-        Running { machine: Owned::Booted(machine), serial: config.serial, control: config.control }
+        Running {
+            machine: Owned::Booted(machine),
+            serial: config.serial,
+            control: config.control,
+        }
     }
 
     /// Moves a machine to a new one in this process: the whole protocol but the network and the laziness.
     pub fn move_on(&self, source: Running) -> Running {
         let remote = RemoteMachine::connect(&source.control).unwrap();
-        let (serial, control) = (SerialTarget::File(self.path("serial")), self.path("control"));
+        let (serial, control) = (
+            SerialTarget::File(self.path("serial")),
+            self.path("control"),
+        );
         let mut destination = Destination::new(DestinationConfig {
             serial: serial.clone(),
             control: control.clone(),
             install: InstallMode::Minor,
         });
-        let memory = destination.prepare_machine(remote.layout(), &remote.offer()).unwrap();
+        let memory = destination
+            .prepare_machine(remote.layout(), &remote.offer())
+            .unwrap();
         let state = remote.pause().unwrap();
         copy(&remote.memory(), memory.file().unwrap());
         destination.load_state(&state).unwrap();
@@ -94,7 +119,11 @@ impl Home {
         machine.get().unwrap().set_memory_complete();
         remote.release().unwrap();
         assert_eq!(source.machine().wait().to_string(), "moved away");
-        Running { machine: Owned::Arrived(machine), serial, control }
+        Running {
+            machine: Owned::Arrived(machine),
+            serial,
+            control,
+        }
     }
 }
 
@@ -136,7 +165,9 @@ impl Running {
 
     /// Everything it wrote to its serial console here.
     pub fn output(&self) -> String {
-        let SerialTarget::File(path) = &self.serial else { panic!("no file") };
+        let SerialTarget::File(path) = &self.serial else {
+            panic!("no file")
+        };
         String::from_utf8(std::fs::read(path).unwrap()).unwrap()
     }
 
@@ -145,9 +176,14 @@ impl Running {
         let start = Instant::now();
         loop {
             let output = self.output();
-            let complete = output.rsplit_once('\n').map_or("", |(complete, _)| complete);
-            let lines: Vec<_> =
-                complete.lines().filter(|line| wanted(line)).map(str::to_owned).collect();
+            let complete = output
+                .rsplit_once('\n')
+                .map_or("", |(complete, _)| complete);
+            let lines: Vec<_> = complete
+                .lines()
+                .filter(|line| wanted(line))
+                .map(str::to_owned)
+                .collect();
             if lines.len() >= count {
                 return lines;
             }
@@ -171,6 +207,22 @@ impl Running {
         }
         ticks
     }
+
+    /// The errors that it has counted by its next tick.
+    pub fn errors(&self) -> u64 {
+        let seen = self.wait_ticks(0, 1).len();
+        self.wait_ticks(seen + 2, 1).last().unwrap().errors
+    }
+
+    /// Waits until it has counted an error, and gives the line that tells of the first.
+    pub fn wait_error(&self) -> String {
+        self.wait_lines(1, |line| line.starts_with("error "))
+            .remove(0)
+    }
+
+    pub fn status(&self) -> lazyvm_vmm_glue::kvm::Status {
+        self.machine().status()
+    }
 }
 
 /// A line of the touch payload.
@@ -186,19 +238,26 @@ impl Tick {
     pub fn parse(line: &str) -> Option<Self> {
         let words: Vec<_> = line.split(' ').collect();
         let number = |at: usize| words.get(at)?.parse().ok();
-        if (words.first(), words.get(2), words.get(4)) != (Some(&"tick"), Some(&"touches"), Some(&"errors")) {
+        if (words.first(), words.get(2), words.get(4))
+            != (Some(&"tick"), Some(&"touches"), Some(&"errors"))
+        {
             return None;
         }
-        let cpu = if words.get(6) == Some(&"cpu") { number(7)? } else { 0 };
-        Some(Self { tick: number(1)?, touches: number(3)?, errors: number(5)?, cpu })
+        let cpu = if words.get(6) == Some(&"cpu") {
+            number(7)?
+        } else {
+            0
+        };
+        Some(Self {
+            tick: number(1)?,
+            touches: number(3)?,
+            errors: number(5)?,
+            cpu,
+        })
     }
 }
 
 /// Descriptors that this process has open.
 pub fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
-}
-
-pub fn socket_exists(path: &Path) -> bool {
-    path.exists()
 }

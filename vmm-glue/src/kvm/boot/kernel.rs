@@ -44,16 +44,24 @@ pub(super) fn load(
             (loaded, loaded.kernel_load.0)
         }
         Format::BzImage => {
-            let loaded = load_with::<BzImage>(ram, Some(GuestAddress(HIGH_MEMORY)), &mut file, path)?;
+            let loaded =
+                load_with::<BzImage>(ram, Some(GuestAddress(HIGH_MEMORY)), &mut file, path)?;
             (loaded, loaded.kernel_load.0 + BZIMAGE_ENTRY_64)
         }
     };
     let header = loaded.setup_header.unwrap_or_else(zero_page::header_of_elf);
     check_room(ram, &loaded, &header)?;
-    let initrd = initrd.map(|path| load_initrd(ram, path, &loaded, &header)).transpose()?;
+    let initrd = initrd
+        .map(|path| load_initrd(ram, path, &loaded, &header))
+        .transpose()?;
     write_command_line(ram, cmdline)?;
     zero_page::write_params(ram, ZERO_PAGE, header, COMMAND_LINE as u32, initrd)?;
-    Ok(Entry { rip: entry, rsp: STACK_TOP, rsi: ZERO_PAGE, ..Default::default() })
+    Ok(Entry {
+        rip: entry,
+        rsp: STACK_TOP,
+        rsi: ZERO_PAGE,
+        ..Default::default()
+    })
 }
 
 /// Loads bytes as they are.
@@ -66,16 +74,31 @@ pub(super) fn load_flat(ram: &GuestRam, path: &Path) -> Result<Entry, LoadError>
     }
     ram.mapping()
         .read_exact_volatile_from(GuestAddress(HIGH_MEMORY), &mut file, length as usize)
-        .map_err(|error| LoadError::Write { what: "the flat payload", source: Box::new(error) })?;
-    Ok(Entry { rip: HIGH_MEMORY, rsp: STACK_TOP, ..Default::default() })
+        .map_err(|error| LoadError::Write {
+            what: "the flat payload",
+            source: Box::new(error),
+        })?;
+    Ok(Entry {
+        rip: HIGH_MEMORY,
+        rsp: STACK_TOP,
+        ..Default::default()
+    })
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, LoadError> {
-    File::open(path).map_err(|source| LoadError::Read { what, path: path.to_owned(), source })
+    File::open(path).map_err(|source| LoadError::Read {
+        what,
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn length(file: &mut File, what: &'static str, path: &Path) -> Result<u64, LoadError> {
-    let failed = |source| LoadError::Read { what, path: path.to_owned(), source };
+    let failed = |source| LoadError::Read {
+        what,
+        path: path.to_owned(),
+        source,
+    };
     let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
     file.rewind().map_err(failed)?;
     Ok(length)
@@ -86,11 +109,23 @@ fn recognise(file: &mut File, path: &Path) -> Result<Format, LoadError> {
     const MACHINE_X86_64: [u8; 2] = [62, 0];
     const XLOADFLAGS: usize = 0x236;
     const LOADABLE_64: u8 = 1;
-    let failed = |source| LoadError::Read { what: "the kernel", path: path.to_owned(), source };
+    let failed = |source| LoadError::Read {
+        what: "the kernel",
+        path: path.to_owned(),
+        source,
+    };
     let mut head = Vec::new();
-    file.by_ref().take(0x300).read_to_end(&mut head).map_err(failed)?;
+    file.by_ref()
+        .take(0x300)
+        .read_to_end(&mut head)
+        .map_err(failed)?;
     file.rewind().map_err(failed)?;
-    let not = |hint| Err(LoadError::NotAKernel { path: path.to_owned(), hint });
+    let not = |hint| {
+        Err(LoadError::NotAKernel {
+            path: path.to_owned(),
+            hint,
+        })
+    };
     if head.starts_with(b"\x7fELF") {
         if head.get(4) != Some(&2) || head.get(18..20) != Some(&MACHINE_X86_64) {
             return not(" (it is an ELF file for another CPU)");
@@ -98,7 +133,10 @@ fn recognise(file: &mut File, path: &Path) -> Result<Format, LoadError> {
         return Ok(Format::Elf);
     }
     if head.get(0x202..0x206) == Some(b"HdrS") {
-        if head.get(XLOADFLAGS).is_none_or(|flags| flags & LOADABLE_64 == 0) {
+        if head
+            .get(XLOADFLAGS)
+            .is_none_or(|flags| flags & LOADABLE_64 == 0)
+        {
             return not(" (it is a bzImage for 32-bit CPUs)");
         }
         return Ok(Format::BzImage);
@@ -117,7 +155,10 @@ fn load_with<L: KernelLoader>(
         if needed > low_memory(ram) {
             return too_small(ram, "the kernel", needed);
         }
-        LoadError::Kernel { path: path.to_owned(), source }
+        LoadError::Kernel {
+            path: path.to_owned(),
+            source,
+        }
     })
 }
 
@@ -135,7 +176,10 @@ fn check_room(
 }
 
 fn kernel_end(loaded: &KernelLoaderResult, header: &setup_header) -> u64 {
-    let unpacked = header.pref_address.max(loaded.kernel_load.0).saturating_add(header.init_size.into());
+    let unpacked = header
+        .pref_address
+        .max(loaded.kernel_load.0)
+        .saturating_add(header.init_size.into());
     loaded.kernel_end.max(unpacked)
 }
 
@@ -161,14 +205,19 @@ fn load_initrd(
         .ok_or_else(|| too_small(ram, "the kernel and its RAM disk", floor + length + 0x1000))?;
     ram.mapping()
         .read_exact_volatile_from(GuestAddress(start), &mut file, length as usize)
-        .map_err(|error| LoadError::Write { what: "the initial RAM disk", source: Box::new(error) })?;
+        .map_err(|error| LoadError::Write {
+            what: "the initial RAM disk",
+            source: Box::new(error),
+        })?;
     // Both below 4 GiB: low memory ends at 3.
     Ok((start as u32, length as u32))
 }
 
 fn write_command_line(ram: &GuestRam, cmdline: &str) -> Result<(), LoadError> {
     let max = COMMAND_LINE_MAX - 1;
-    let printable = cmdline.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ');
+    let printable = cmdline
+        .bytes()
+        .all(|byte| byte.is_ascii_graphic() || byte == b' ');
     if cmdline.len() > max || !printable {
         return Err(LoadError::CommandLine { max });
     }
@@ -182,7 +231,11 @@ fn low_memory(ram: &GuestRam) -> u64 {
 }
 
 fn too_small(ram: &GuestRam, what: &'static str, needed: u64) -> LoadError {
-    LoadError::MemoryTooSmall { memory: ram.layout().bytes(), what, needed }
+    LoadError::MemoryTooSmall {
+        memory: ram.layout().bytes(),
+        what,
+        needed,
+    }
 }
 
 #[cfg(test)]
@@ -225,7 +278,10 @@ mod tests {
     fn a_missing_file_is_named() {
         let ram = GuestRam::new(8 << 20, Backing::Small).unwrap();
         let error = load(&ram, Path::new("/nonexistent/vmlinux"), None, "").unwrap_err();
-        assert_eq!(error.to_string(), "cannot read the kernel /nonexistent/vmlinux");
+        assert_eq!(
+            error.to_string(),
+            "cannot read the kernel /nonexistent/vmlinux"
+        );
     }
 
     #[test]
@@ -234,7 +290,10 @@ mod tests {
         let path = folder.path().join("flat");
         File::create(&path).unwrap().set_len(16 << 20).unwrap();
         let ram = GuestRam::new(8 << 20, Backing::Small).unwrap();
-        assert!(matches!(load_flat(&ram, &path), Err(LoadError::MemoryTooSmall { .. })));
+        assert!(matches!(
+            load_flat(&ram, &path),
+            Err(LoadError::MemoryTooSmall { .. })
+        ));
     }
 
     #[test]

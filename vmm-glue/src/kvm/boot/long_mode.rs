@@ -52,29 +52,39 @@ const TSS_SELECTOR: u16 = 0x20;
 /// Writes the descriptor table and the page tables.
 pub(super) fn write_tables(ram: &GuestRam, pages_1g: bool) -> Result<(), LoadError> {
     // The 64-bit boot protocol of Linux wants code at 0x10 and data at 0x18.
-    write_words(ram, "the descriptor table", GDT, &[0, 0, CODE_64, DATA, TSS])?;
+    write_words(
+        ram,
+        "the descriptor table",
+        GDT,
+        &[0, 0, CODE_64, DATA, TSS],
+    )?;
 
     let mut pml4 = vec![0; ENTRIES as usize];
     pml4[0] = IDENTITY_PDPT | PRESENT_WRITABLE;
     let gib_count = ram.layout().bytes().div_ceil(GIB);
-    for (slot, pdpt) in (0..gib_count.div_ceil(ENTRIES)).zip((WINDOW_PDPTS..).step_by(PAGE as usize)) {
+    for (slot, pdpt) in
+        (0..gib_count.div_ceil(ENTRIES)).zip((WINDOW_PDPTS..).step_by(PAGE as usize))
+    {
         pml4[(IMAGE_WINDOW >> 39) as usize + slot as usize] = pdpt | PRESENT_WRITABLE;
     }
     write_words(ram, "page tables", PML4, &pml4)?;
 
-    let identity: Vec<u64> =
-        (0..4).map(|n| (IDENTITY_DIRECTORIES + n * PAGE) | PRESENT_WRITABLE).collect();
+    let identity: Vec<u64> = (0..4)
+        .map(|n| (IDENTITY_DIRECTORIES + n * PAGE) | PRESENT_WRITABLE)
+        .collect();
     write_words(ram, "page tables", IDENTITY_PDPT, &identity)?;
-    let directories: Vec<u64> =
-        (0..4 * ENTRIES).map(|n| (n << 21) | PRESENT_WRITABLE | LARGE).collect();
+    let directories: Vec<u64> = (0..4 * ENTRIES)
+        .map(|n| (n << 21) | PRESENT_WRITABLE | LARGE)
+        .collect();
     write_words(ram, "page tables", IDENTITY_DIRECTORIES, &directories)?;
     write_window(ram, gib_count, pages_1g)
 }
 
 fn write_window(ram: &GuestRam, gib_count: u64, pages_1g: bool) -> Result<(), LoadError> {
     if pages_1g {
-        let entries: Vec<u64> =
-            (0..gib_count).map(|gib| gib_address(gib) | PRESENT_WRITABLE | LARGE).collect();
+        let entries: Vec<u64> = (0..gib_count)
+            .map(|gib| gib_address(gib) | PRESENT_WRITABLE | LARGE)
+            .collect();
         return write_words(ram, "page tables", WINDOW_PDPTS, &entries);
     }
     let needed = WINDOW_DIRECTORIES + gib_count * TABLES_2M_BYTES;
@@ -93,7 +103,12 @@ fn write_window(ram: &GuestRam, gib_count: u64, pages_1g: bool) -> Result<(), Lo
         let directory: Vec<u64> = (0..ENTRIES)
             .map(|n| (gib_address(gib) + (n << 21)) | PRESENT_WRITABLE | LARGE)
             .collect();
-        write_words(ram, "page tables", WINDOW_DIRECTORIES + gib * PAGE, &directory)?;
+        write_words(
+            ram,
+            "page tables",
+            WINDOW_DIRECTORIES + gib * PAGE,
+            &directory,
+        )?;
     }
     Ok(())
 }
@@ -130,7 +145,11 @@ fn segment(selector: u16, descriptor: u64) -> kvm_segment {
     let limit = ((descriptor & 0xffff) | ((descriptor >> 32) & 0xf_0000)) as u32;
     kvm_segment {
         base: 0,
-        limit: if granular == 1 { (limit << 12) | 0xfff } else { limit },
+        limit: if granular == 1 {
+            (limit << 12) | 0xfff
+        } else {
+            limit
+        },
         selector,
         type_: (descriptor >> 40) as u8 & 0xf,
         present: bit(47),
@@ -171,12 +190,16 @@ fn write_words(
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::{cpuid, testing};
     use super::*;
 
     #[test]
     fn descriptors_are_spread_as_the_manual_says() {
         let code = segment(CODE_SELECTOR, CODE_64);
-        assert_eq!((code.type_, code.s, code.l, code.db, code.present), (0xb, 1, 1, 0, 1));
+        assert_eq!(
+            (code.type_, code.s, code.l, code.db, code.present),
+            (0xb, 1, 1, 0, 1)
+        );
         assert_eq!(code.limit, 0xffff_ffff);
         let data = segment(DATA_SELECTOR, DATA);
         assert_eq!((data.type_, data.s, data.l, data.db), (3, 1, 0, 1));
@@ -184,8 +207,36 @@ mod tests {
     }
 
     #[test]
-    fn the_window_leaves_out_the_gap() {
-        assert_eq!(gib_address(2), 2 * GIB);
-        assert_eq!(gib_address(3), 4 * GIB);
+    fn the_window_shows_the_whole_image_without_the_gap() {
+        let Some(hypervisor) = testing::hypervisor("the_window_shows_the_whole_image") else {
+            return;
+        };
+        for pages_1g in [false, true] {
+            let hardware = testing::hardware(&hypervisor, 1, 5 * GIB);
+            if pages_1g && !cpuid::has_pages_1g(&hardware.needs.cpuid) {
+                continue;
+            }
+            write_tables(hardware.vm.ram(), pages_1g).unwrap();
+            let vcpu = &hardware.vcpus[0].fd;
+            let mut sregs = vcpu.get_sregs().unwrap();
+            set(&mut sregs);
+            vcpu.set_sregs(&sregs).unwrap();
+            let translate = |address| {
+                let found = vcpu.translate_gva(address).unwrap();
+                (found.valid == 1).then_some(found.physical_address)
+            };
+            for (address, gpa) in [
+                (0, 0),
+                (4 * GIB - 1, 4 * GIB - 1),
+                (IMAGE_WINDOW, 0),
+                (IMAGE_WINDOW + 3 * GIB - 1, 3 * GIB - 1),
+                (IMAGE_WINDOW + 3 * GIB, 4 * GIB),
+                (IMAGE_WINDOW + 5 * GIB - 1, 6 * GIB - 1),
+            ] {
+                assert_eq!(translate(address), Some(gpa), "{address:#x}");
+            }
+            assert_eq!(translate(4 * GIB), None);
+            assert_eq!(translate(IMAGE_WINDOW + 5 * GIB), None);
+        }
     }
 }

@@ -139,38 +139,53 @@ pub(super) fn load(hardware: &Hardware, payload: &Payload) -> Result<(), LoadErr
     long_mode::write_tables(ram, cpuid::has_pages_1g(&hardware.needs.cpuid))?;
     // A vCPU without an entry waits for the first one to start it, as real ones do.
     let entries: Vec<Option<Entry>> = match payload {
-        Payload::Touch(config) => touch::load(
-            ram,
-            config,
-            hardware.needs.cpus,
-            hardware.needs.tsc_khz,
-        )?
-        .into_iter()
-        .map(Some)
-        .collect(),
-        Payload::Kernel { path, initrd, cmdline } => {
+        Payload::Touch(config) => {
+            touch::load(ram, config, hardware.needs.cpus, hardware.needs.tsc_khz)?
+                .into_iter()
+                .map(Some)
+                .collect()
+        }
+        Payload::Kernel {
+            path,
+            initrd,
+            cmdline,
+        } => {
             mp_table::write_table(ram, hardware.needs.cpus)?;
-            first(hardware, kernel::load(ram, path, initrd.as_deref(), cmdline)?)
+            first(
+                hardware,
+                kernel::load(ram, path, initrd.as_deref(), cmdline)?,
+            )
         }
         Payload::Flat(path) => first(hardware, kernel::load_flat(ram, path)?),
     };
     for ((cpu, vcpu), entry) in (0_u32..).zip(&hardware.vcpus).zip(entries) {
-        set_registers(vcpu, entry)
-            .map_err(|(part, source)| LoadError::Register { part, cpu, source })?;
+        set_registers(vcpu, entry).map_err(|(part, source)| LoadError::Register {
+            part,
+            cpu,
+            source,
+        })?;
     }
     Ok(())
 }
 
 fn first(hardware: &Hardware, entry: Entry) -> Vec<Option<Entry>> {
-    (0..hardware.needs.cpus).map(|cpu| (cpu == 0).then_some(entry)).collect()
+    (0..hardware.needs.cpus)
+        .map(|cpu| (cpu == 0).then_some(entry))
+        .collect()
 }
 
 /// What firmware leaves behind.
 fn set_registers(vcpu: &Vcpu, entry: Option<Entry>) -> Result<(), (&'static str, errno::Error)> {
-    const MISC_ENABLE: kvm_msr_entry =
-        kvm_msr_entry { index: 0x1a0, reserved: 0, data: 1 /* fast strings */ };
-    const MTRR_DEFAULT_TYPE: kvm_msr_entry =
-        kvm_msr_entry { index: 0x2ff, reserved: 0, data: (1 << 11) | 6 /* on, write-back */ };
+    const MISC_ENABLE: kvm_msr_entry = kvm_msr_entry {
+        index: 0x1a0,
+        reserved: 0,
+        data: 1, /* fast strings */
+    };
+    const MTRR_DEFAULT_TYPE: kvm_msr_entry = kvm_msr_entry {
+        index: 0x2ff,
+        reserved: 0,
+        data: (1 << 11) | 6, /* on, write-back */
+    };
     let fd = &vcpu.fd;
     let msrs = kvm_bindings::Msrs::from_entries(&[MISC_ENABLE, MTRR_DEFAULT_TYPE])
         .map_err(|_| ("MSRs", errno::Error::new(nix::libc::E2BIG)))?;
@@ -178,9 +193,12 @@ fn set_registers(vcpu: &Vcpu, entry: Option<Entry>) -> Result<(), (&'static str,
     long_mode::wire_local_apic(fd).map_err(|error| ("local APIC", error))?;
     let Some(entry) = entry else { return Ok(()) };
 
-    let mut sregs = fd.get_sregs().map_err(|error| ("system registers", error))?;
+    let mut sregs = fd
+        .get_sregs()
+        .map_err(|error| ("system registers", error))?;
     long_mode::set(&mut sregs);
-    fd.set_sregs(&sregs).map_err(|error| ("system registers", error))?;
+    fd.set_sregs(&sregs)
+        .map_err(|error| ("system registers", error))?;
     let regs = kvm_regs {
         rip: entry.rip,
         rsp: entry.rsp,
@@ -191,8 +209,10 @@ fn set_registers(vcpu: &Vcpu, entry: Option<Entry>) -> Result<(), (&'static str,
         ..Default::default()
     };
     fd.set_regs(&regs).map_err(|error| ("registers", error))?;
-    fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })
-        .map_err(|error| ("multi-processor state", error))
+    fd.set_mp_state(kvm_mp_state {
+        mp_state: KVM_MP_STATE_RUNNABLE,
+    })
+    .map_err(|error| ("multi-processor state", error))
 }
 
 /// Writes what a payload starts from.
@@ -200,5 +220,8 @@ fn write(ram: &GuestRam, what: &'static str, gpa: u64, data: &[u8]) -> Result<()
     use vm_memory::{Bytes, GuestAddress};
     ram.mapping()
         .write_slice(data, GuestAddress(gpa))
-        .map_err(|error| LoadError::Write { what, source: Box::new(error) })
+        .map_err(|error| LoadError::Write {
+            what,
+            source: Box::new(error),
+        })
 }

@@ -58,9 +58,24 @@ fn table(cpus: u8) -> Vec<u8> {
     }
     push(&[BUS, 0, b'I', b'S', b'A', b' ', b' ', b' ']);
     let address = IO_APIC.to_le_bytes();
-    push(&[IOAPIC, io_apic_id, APIC_VERSION, 1, address[0], address[1], address[2], address[3]]);
+    push(&[
+        IOAPIC,
+        io_apic_id,
+        APIC_VERSION,
+        1,
+        address[0],
+        address[1],
+        address[2],
+        address[3],
+    ]);
     for line in 0..IRQ_LINES {
-        push(&interrupt(IO_INTERRUPT, TYPE_VECTORED, line, io_apic_id, line));
+        push(&interrupt(
+            IO_INTERRUPT,
+            TYPE_VECTORED,
+            line,
+            io_apic_id,
+            line,
+        ));
     }
     push(&interrupt(LOCAL_INTERRUPT, TYPE_EXTERNAL, 0, 0, 0));
     push(&interrupt(LOCAL_INTERRUPT, TYPE_NMI, 0, ALL_APICS, 1));
@@ -85,7 +100,10 @@ fn interrupt(entry: u8, kind: u8, line: u8, apic: u8, pin: u8) -> [u8; 8] {
 
 /// What makes the bytes add up to 0.
 fn checksum(bytes: &[u8]) -> u8 {
-    bytes.iter().fold(0_u8, |sum, &byte| sum.wrapping_add(byte)).wrapping_neg()
+    bytes
+        .iter()
+        .fold(0_u8, |sum, &byte| sum.wrapping_add(byte))
+        .wrapping_neg()
 }
 
 #[cfg(test)]
@@ -96,8 +114,14 @@ mod tests {
     fn the_table_adds_up_and_counts_its_entries() {
         for cpus in [1_u8, 2, 40] {
             let table = table(cpus);
-            assert_eq!(table.iter().fold(0_u8, |sum, &byte| sum.wrapping_add(byte)), 0);
-            assert_eq!(u16::from_le_bytes([table[4], table[5]]) as usize, table.len());
+            assert_eq!(
+                table.iter().fold(0_u8, |sum, &byte| sum.wrapping_add(byte)),
+                0
+            );
+            assert_eq!(
+                u16::from_le_bytes([table[4], table[5]]) as usize,
+                table.len()
+            );
             let (mut at, mut count) = (44, 0);
             while at < table.len() {
                 at += if table[at] == PROCESSOR { 20 } else { 8 };

@@ -39,7 +39,10 @@ pub(super) fn write_params(
         header.ramdisk_image = start;
         header.ramdisk_size = length;
     }
-    let mut params = boot_params { hdr: header, ..Default::default() };
+    let mut params = boot_params {
+        hdr: header,
+        ..Default::default()
+    };
     let bytes = ram.layout().bytes();
     let mut map = vec![
         entry(0, mp_table::START),
@@ -54,5 +57,9 @@ pub(super) fn write_params(
 }
 
 fn entry(addr: u64, size: u64) -> boot_e820_entry {
-    boot_e820_entry { addr, size, r#type: E820_RAM }
+    boot_e820_entry {
+        addr,
+        size,
+        r#type: E820_RAM,
+    }
 }

@@ -9,7 +9,10 @@ use std::time::Duration;
 use lazyvm_wire::STATE_MAX;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::{CONTROL_VERSION, Command, MemoryInfo, Outcome, REPLY_MAX, Reply, Request, Status, line_of, parse};
+use super::{
+    CONTROL_VERSION, Command, MemoryInfo, Outcome, REPLY_MAX, Reply, Request, Status, line_of,
+    parse,
+};
 
 /// How long the machine may take to answer. A pause may have to wait for a page that is on its way.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -72,13 +75,23 @@ impl ControlClient {
         let owned = || path.to_owned();
         let stream = UnixStream::connect(path).map_err(|source| match source.kind() {
             io::ErrorKind::PermissionDenied => ControlError::Permission { path: owned() },
-            _ => ControlError::NotThere { path: owned(), source },
+            _ => ControlError::NotThere {
+                path: owned(),
+                source,
+            },
         })?;
         stream
             .set_read_timeout(Some(TIMEOUT))
             .and_then(|()| stream.set_write_timeout(Some(TIMEOUT)))
-            .map_err(|source| ControlError::Lost { path: owned(), source })?;
-        Ok(Self { path: owned(), stream, buffer: Vec::new() })
+            .map_err(|source| ControlError::Lost {
+                path: owned(),
+                source,
+            })?;
+        Ok(Self {
+            path: owned(),
+            stream,
+            buffer: Vec::new(),
+        })
     }
 
     /// Asks what the machine is doing.
@@ -152,7 +165,9 @@ impl ControlClient {
         let buffered = self.buffer.len().min(state.len());
         state[..buffered].copy_from_slice(&self.buffer[..buffered]);
         self.buffer.drain(..buffered);
-        self.stream.read_exact(&mut state[buffered..]).map_err(|source| self.lost(source))?;
+        self.stream
+            .read_exact(&mut state[buffered..])
+            .map_err(|source| self.lost(source))?;
         Ok(state)
     }
 
@@ -164,9 +179,14 @@ impl ControlClient {
     }
 
     fn request(&mut self, command: Command) -> Result<(Outcome, Option<File>), ControlError> {
-        let line = line_of(&Request { v: CONTROL_VERSION, command })
-            .map_err(|error| self.problem(&error.to_string()))?;
-        self.stream.write_all(&line).map_err(|source| self.lost(source))?;
+        let line = line_of(&Request {
+            v: CONTROL_VERSION,
+            command,
+        })
+        .map_err(|error| self.problem(&error.to_string()))?;
+        self.stream
+            .write_all(&line)
+            .map_err(|source| self.lost(source))?;
         let (line, file) = self.read_line()?;
         let reply: Reply = parse(&line).map_err(|problem| self.problem(&problem))?;
         match reply.outcome {
@@ -180,7 +200,10 @@ impl ControlClient {
         let mut received = None;
         let mut searched = 0;
         loop {
-            if let Some(end) = self.buffer[searched..].iter().position(|&byte| byte == b'\n') {
+            if let Some(end) = self.buffer[searched..]
+                .iter()
+                .position(|&byte| byte == b'\n')
+            {
                 let mut line: Vec<u8> = self.buffer.drain(..=searched + end).collect();
                 line.pop();
                 return Ok((line, received));
@@ -207,11 +230,17 @@ impl ControlClient {
     }
 
     fn lost(&self, source: io::Error) -> ControlError {
-        ControlError::Lost { path: self.path.clone(), source }
+        ControlError::Lost {
+            path: self.path.clone(),
+            source,
+        }
     }
 
     fn problem(&self, problem: &str) -> ControlError {
-        ControlError::Protocol { path: self.path.clone(), problem: problem.to_owned() }
+        ControlError::Protocol {
+            path: self.path.clone(),
+            problem: problem.to_owned(),
+        }
     }
 
     fn unexpected(&self, outcome: &Outcome) -> ControlError {

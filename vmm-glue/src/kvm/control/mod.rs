@@ -155,6 +155,22 @@ fn line_of<T: Serialize>(message: &T) -> serde_json::Result<Vec<u8>> {
     Ok(line)
 }
 
+/// A request's line as a client writes it, of one as a machine reads it. By itself only for fuzzing.
+///
+/// # Errors
+/// What is wrong with the line, in words.
+pub fn rewrite_request(line: &[u8]) -> Result<Vec<u8>, String> {
+    line_of(&parse::<Request>(line)?).map_err(|error| error.to_string())
+}
+
+/// A reply's line as a machine writes it, of one as a client reads it. By itself only for fuzzing.
+///
+/// # Errors
+/// What is wrong with the line, in words.
+pub fn rewrite_reply(line: &[u8]) -> Result<Vec<u8>, String> {
+    line_of(&parse::<Reply>(line)?).map_err(|error| error.to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,8 +180,14 @@ mod tests {
         for (line, command) in [
             (r#"{"v":1,"command":"status"}"#, Command::Status),
             (r#"{"v":1,"command":"pause"}"#, Command::Pause),
-            (r#"{"v":1,"command":"resume"}"#, Command::Resume { force: false }),
-            (r#"{"v":1,"command":"resume","force":true}"#, Command::Resume { force: true }),
+            (
+                r#"{"v":1,"command":"resume"}"#,
+                Command::Resume { force: false },
+            ),
+            (
+                r#"{"v":1,"command":"resume","force":true}"#,
+                Command::Resume { force: true },
+            ),
             (r#"{"v":1,"command":"quit"}"#, Command::Quit),
             (r#"{"v":1,"command":"release"}"#, Command::Release),
             (r#"{"v":1,"command":"memory"}"#, Command::Memory),
@@ -180,13 +202,25 @@ mod tests {
 
     #[test]
     fn replies_read_as_documented() {
-        let reply = Reply { v: 1, outcome: Outcome::State { bytes: 12345 } };
+        let reply = Reply {
+            v: 1,
+            outcome: Outcome::State { bytes: 12345 },
+        };
         let line = line_of(&reply).unwrap();
-        assert_eq!(line, b"{\"v\":1,\"reply\":\"state\",\"body\":{\"bytes\":12345}}\n");
-        let done = Reply { v: 1, outcome: Outcome::Done };
+        assert_eq!(
+            line,
+            b"{\"v\":1,\"reply\":\"state\",\"body\":{\"bytes\":12345}}\n"
+        );
+        let done = Reply {
+            v: 1,
+            outcome: Outcome::Done,
+        };
         assert_eq!(line_of(&done).unwrap(), b"{\"v\":1,\"reply\":\"done\"}\n");
         for reply in [reply, done] {
-            assert_eq!(parse::<Reply>(line_of(&reply).unwrap().trim_ascii_end()).unwrap(), reply);
+            assert_eq!(
+                parse::<Reply>(line_of(&reply).unwrap().trim_ascii_end()).unwrap(),
+                reply
+            );
         }
     }
 
@@ -210,7 +244,10 @@ mod tests {
                 compatibility: vec![255; COMPATIBILITY_MAX],
             },
         };
-        let reply = Reply { v: 1, outcome: Outcome::Memory(Box::new(info)) };
+        let reply = Reply {
+            v: 1,
+            outcome: Outcome::Memory(Box::new(info)),
+        };
         assert!(line_of(&reply).unwrap().len() <= REPLY_MAX);
     }
 

@@ -29,5 +29,9 @@ pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<MachineO
     if compatibility.len() > COMPATIBILITY_MAX {
         return Err(D::Error::custom("compatibility: too long"));
     }
-    Ok(MachineOffer { kind: text.kind, state_version: text.state_version, compatibility })
+    Ok(MachineOffer {
+        kind: text.kind,
+        state_version: text.state_version,
+        compatibility,
+    })
 }

@@ -13,14 +13,18 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
 use nix::sys::stat::{Mode, fchmod};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::super::exit::ExitReason;
 use super::super::lock;
 use super::super::machine::{OperationError, Shared};
-use super::{CONTROL_VERSION, Command, MemoryInfo, Outcome, REQUEST_MAX, Reply, Request, line_of, parse};
+use super::{
+    CONTROL_VERSION, Command, MemoryInfo, Outcome, REQUEST_MAX, Reply, Request, line_of, parse,
+};
 
 /// Most clients at a time.
 const CLIENTS_MAX: usize = 16;
@@ -61,7 +65,11 @@ impl ControlServer {
         let listener = listen_at(path)?;
         let metadata = fs::metadata(path)?;
         let (wake, woken) = UnixStream::pair()?;
-        let acceptor = Acceptor { listener, woken, machine };
+        let acceptor = Acceptor {
+            listener,
+            woken,
+            machine,
+        };
         let acceptor = std::thread::Builder::new()
             .name("control".to_owned())
             .spawn(move || acceptor.run())?;
@@ -75,7 +83,9 @@ impl ControlServer {
 
     /// Answers what is being answered, then ends all conversations and removes the socket's file.
     pub(in crate::kvm) fn close(&mut self) {
-        let Some(acceptor) = self.acceptor.take() else { return };
+        let Some(acceptor) = self.acceptor.take() else {
+            return;
+        };
         self.wake = None;
         if acceptor.join().is_err() {
             tracing::error!("the control socket's thread did not end as it should");
@@ -102,8 +112,13 @@ fn listen_at(path: &Path) -> Result<UnixListener, BindError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error.into()),
     }
-    let fd: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
-        .map_err(io::Error::from)?;
+    let fd: OwnedFd = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .map_err(io::Error::from)?;
     // Linux makes the file with the socket's own mode, so there is no moment at which others could connect.
     fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR).map_err(io::Error::from)?;
     let address = UnixAddr::new(path).map_err(io::Error::from)?;
@@ -171,7 +186,10 @@ impl Acceptor {
     }
 
     fn admit(&self, stream: UnixStream, number: u64, clients: &Clients) -> Option<JoinHandle<()>> {
-        let mut conversation = Conversation { stream, machine: Arc::clone(&self.machine) };
+        let mut conversation = Conversation {
+            stream,
+            machine: Arc::clone(&self.machine),
+        };
         let shared = conversation.stream.set_write_timeout(Some(WRITE_TIMEOUT));
         let shared = shared.and_then(|()| conversation.stream.try_clone());
         let stream = match shared {
@@ -188,12 +206,14 @@ impl Acceptor {
         }
         lock(clients).insert(number, stream);
         let registry = Arc::clone(clients);
-        let thread = std::thread::Builder::new().name("control-client".to_owned()).spawn(move || {
-            if let Err(error) = conversation.run() {
-                tracing::debug!(%error, "control client");
-            }
-            lock(&registry).remove(&number);
-        });
+        let thread = std::thread::Builder::new()
+            .name("control-client".to_owned())
+            .spawn(move || {
+                if let Err(error) = conversation.run() {
+                    tracing::debug!(%error, "control client");
+                }
+                lock(&registry).remove(&number);
+            });
         thread
             .inspect_err(|error| {
                 tracing::warn!(%error, "control client");
@@ -215,12 +235,15 @@ impl Conversation {
         let mut line = Vec::new();
         loop {
             line.clear();
-            let count = (&mut reader).take(REQUEST_MAX as u64).read_until(b'\n', &mut line)?;
+            let count = (&mut reader)
+                .take(REQUEST_MAX as u64)
+                .read_until(b'\n', &mut line)?;
             if count == 0 {
                 return Ok(());
             }
             if line.pop() != Some(b'\n') {
-                let message = format!("a request of more than {REQUEST_MAX} bytes, or without its end");
+                let message =
+                    format!("a request of more than {REQUEST_MAX} bytes, or without its end");
                 // What follows would be taken for requests.
                 return self.reply(Outcome::Error { message });
             }
@@ -246,7 +269,9 @@ impl Conversation {
             Command::Memory => self.hand_memory(&machine),
             Command::State => match machine.take_state() {
                 Ok(state) => {
-                    self.reply(Outcome::State { bytes: state.len() as u64 })?;
+                    self.reply(Outcome::State {
+                        bytes: state.len() as u64,
+                    })?;
                     self.stream.write_all(&state)
                 }
                 Err(error) => self.done(Err(error)),
@@ -276,12 +301,17 @@ impl Conversation {
     fn done(&mut self, result: Result<(), OperationError>) -> io::Result<()> {
         self.reply(match result {
             Ok(()) => Outcome::Done,
-            Err(error) => Outcome::Error { message: in_words(&error) },
+            Err(error) => Outcome::Error {
+                message: in_words(&error),
+            },
         })
     }
 
     fn reply(&mut self, outcome: Outcome) -> io::Result<()> {
-        self.stream.write_all(&line_of(&Reply { v: CONTROL_VERSION, outcome })?)
+        self.stream.write_all(&line_of(&Reply {
+            v: CONTROL_VERSION,
+            outcome,
+        })?)
     }
 }
 

@@ -8,6 +8,8 @@
 //! read. The body is postcard of [`MachineState`]; any change to it is a new [`STATE_VERSION`].
 
 mod msr;
+#[cfg(test)]
+mod tests;
 mod vcpu;
 mod vm;
 
@@ -61,7 +63,9 @@ pub enum DecodeError {
     #[error("this is no state of a built-in lazyvm machine")]
     Foreign,
     /// Of another version.
-    #[error("the machine state has format version {found}, and this lazyvm reads version {STATE_VERSION}")]
+    #[error(
+        "the machine state has format version {found}, and this lazyvm reads version {STATE_VERSION}"
+    )]
     Version {
         /// Its version.
         found: u32,
@@ -160,7 +164,10 @@ impl MachineState {
     fn check(self) -> Result<Self, BodyError> {
         let cpus = self.needs.cpus;
         if cpus as usize != self.vcpus.len() || self.vcpus.is_empty() {
-            return Err(BodyError::Cpus { cpus, found: self.vcpus.len() });
+            return Err(BodyError::Cpus {
+                cpus,
+                found: self.vcpus.len(),
+            });
         }
         Ok(self)
     }
@@ -235,6 +242,6 @@ pub(super) fn load(
     vcpus: &[&Vcpu],
     state: &MachineState,
 ) -> Result<(), TransferError> {
-    vcpu::load_all(vcpus, &state.vcpus)?;
+    vcpu::load_all(vcpus, &state.vcpus, state.needs.tsc_khz)?;
     state.vm.load(vm.fd())
 }

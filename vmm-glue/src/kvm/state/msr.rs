@@ -22,11 +22,17 @@ pub(super) fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>,
     let mut rest = indices;
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
-        let mut msrs = to_kvm(batch.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }))?;
+        let mut msrs = to_kvm(batch.iter().map(|&index| kvm_msr_entry {
+            index,
+            ..Default::default()
+        }))?;
         let count = vcpu.get_msrs(&mut msrs)?.min(batch.len());
         entries.extend_from_slice(&msrs.as_slice()[..count]);
         if count < batch.len() {
-            tracing::debug!(msr = format_args!("{:#x}", batch[count]), "not there on this vCPU");
+            tracing::debug!(
+                msr = format_args!("{:#x}", batch[count]),
+                "not there on this vCPU"
+            );
         }
         // Past the refused one as well, if any.
         rest = &rest[(count + 1).min(batch.len())..];
@@ -38,8 +44,17 @@ pub(super) fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>,
 ///
 /// A refusal is forgiven when the register holds that value already (read-only identification), or when the value
 /// is 0, which stands for a feature that was not in use.
-pub(super) fn write(vcpu: &VcpuFd, cpu: u32, entries: &[kvm_msr_entry]) -> Result<(), TransferError> {
-    let failed = |source| TransferError::Vcpu { verb: "take", part: "MSRs", cpu, source };
+pub(super) fn write(
+    vcpu: &VcpuFd,
+    cpu: u32,
+    entries: &[kvm_msr_entry],
+) -> Result<(), TransferError> {
+    let failed = |source| TransferError::Vcpu {
+        verb: "take",
+        part: "MSRs",
+        cpu,
+        source,
+    };
     let mut rest = entries;
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
@@ -47,11 +62,18 @@ pub(super) fn write(vcpu: &VcpuFd, cpu: u32, entries: &[kvm_msr_entry]) -> Resul
         let count = vcpu.set_msrs(&msrs).map_err(failed)?.min(batch.len());
         if let Some(refused) = batch.get(count) {
             let (index, value) = (refused.index, refused.data);
-            let held = read(vcpu, &[index]).map_err(failed)?.first().map(|entry| entry.data);
+            let held = read(vcpu, &[index])
+                .map_err(failed)?
+                .first()
+                .map(|entry| entry.data);
             if value != 0 && held != Some(value) {
                 return Err(TransferError::Msr { cpu, index, value });
             }
-            tracing::debug!(msr = format_args!("{index:#x}"), cpu, "refused, and needless");
+            tracing::debug!(
+                msr = format_args!("{index:#x}"),
+                cpu,
+                "refused, and needless"
+            );
         }
         rest = &rest[(count + 1).min(batch.len())..];
     }

@@ -5,8 +5,8 @@
 //! (`target/i386/kvm/kvm.c`, `kvm_arch_put_registers`), for the reasons beside each step.
 
 use kvm_bindings::{
-    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs,
 };
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
@@ -17,23 +17,23 @@ use super::{TransferError, msr};
 /// See the module.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(in crate::kvm) struct VcpuState {
-    mp_state: kvm_mp_state,
-    regs: kvm_regs,
-    sregs: kvm_sregs,
-    debug_regs: kvm_debugregs,
-    xcrs: kvm_xcrs,
+    pub(super) mp_state: kvm_mp_state,
+    pub(super) regs: kvm_regs,
+    pub(super) sregs: kvm_sregs,
+    pub(super) debug_regs: kvm_debugregs,
+    pub(super) xcrs: kvm_xcrs,
     /// The extended state in 32-bit words, as long as KVM gives it.
-    xsave: Vec<u32>,
-    lapic: kvm_lapic_state,
+    pub(super) xsave: Vec<u32>,
+    pub(super) lapic: kvm_lapic_state,
     /// All but the two kept apart below.
-    msrs: Vec<kvm_msr_entry>,
+    pub(super) msrs: Vec<kvm_msr_entry>,
     /// The guest's TSC when it was taken.
-    tsc: u64,
+    pub(super) tsc: u64,
     /// How far this vCPU's TSC is ahead of vCPU 0's (modulo 2^64); `None` where the kernel does not tell.
-    tsc_ahead: Option<u64>,
+    pub(super) tsc_ahead: Option<u64>,
     /// When the local APIC's timer fires, by the guest's TSC; `None` without such a timer.
-    tsc_deadline: Option<u64>,
-    events: kvm_vcpu_events,
+    pub(super) tsc_deadline: Option<u64>,
+    pub(super) events: kvm_vcpu_events,
 }
 
 /// Takes every vCPU's state. None of them may be running.
@@ -65,13 +65,17 @@ pub(super) fn take_all(
 }
 
 /// Loads every vCPU's state. None of them may have run.
-pub(super) fn load_all(vcpus: &[&Vcpu], states: &[VcpuState]) -> Result<(), TransferError> {
+pub(super) fn load_all(
+    vcpus: &[&Vcpu],
+    states: &[VcpuState],
+    tsc_khz: u32,
+) -> Result<(), TransferError> {
     for (cpu, (vcpu, state)) in (0_u32..).zip(vcpus.iter().zip(states)) {
         load(vcpu, cpu, state)?;
     }
     load_tsc(vcpus, states)?;
     for (cpu, (vcpu, state)) in (0_u32..).zip(vcpus.iter().zip(states)) {
-        load_deadline(vcpu, cpu, state)?;
+        load_deadline(vcpu, cpu, state, tsc_khz)?;
         // Tells the guest's watchdogs that the time gone is not theirs to complain of. `EINVAL` from a guest that
         // has no such clock.
         let _ = vcpu.fd.kvmclock_ctrl();
@@ -97,7 +101,9 @@ fn take(vcpu: &Vcpu, msr_indices: &[u32], tsc_ahead: Option<u64>) -> Result<Vcpu
     let lapic = fd.get_lapic().map_err(part("local APIC"))?;
     let msrs = msr::read(fd, msr_indices).map_err(part("MSRs"))?;
     let tsc_deadline = msr::read_one(fd, msr::TSC_DEADLINE).map_err(part("MSRs"))?;
-    let tsc = msr::read_one(fd, msr::TSC).map_err(part("TSC"))?.unwrap_or(0);
+    let tsc = msr::read_one(fd, msr::TSC)
+        .map_err(part("TSC"))?
+        .unwrap_or(0);
     // Last: the others may raise events.
     let events = fd.get_vcpu_events().map_err(part("events"))?;
     Ok(VcpuState {
@@ -125,22 +131,29 @@ fn load(vcpu: &Vcpu, cpu: u32, state: &VcpuState) -> Result<(), TransferError> {
     })?;
     msr::write(&vcpu.fd, cpu, &state.msrs)?;
     // After the registers, which drop a pending exception.
-    vcpu.fd.set_vcpu_events(&state.events).map_err(|source| TransferError::Vcpu {
-        verb: "take",
-        part: "events",
-        cpu,
-        source,
-    })
+    vcpu.fd
+        .set_vcpu_events(&state.events)
+        .map_err(|source| TransferError::Vcpu {
+            verb: "take",
+            part: "events",
+            cpu,
+            source,
+        })
 }
 
 fn load_parts(vcpu: &Vcpu, state: &VcpuState) -> Result<(), Failed> {
     let fd = &vcpu.fd;
-    fd.set_mp_state(state.mp_state).map_err(part("multi-processor state"))?;
+    fd.set_mp_state(state.mp_state)
+        .map_err(part("multi-processor state"))?;
     fd.set_regs(&state.regs).map_err(part("registers"))?;
-    fd.set_sregs(&state.sregs).map_err(part("system registers"))?;
-    vcpu.set_xsave(&state.xsave).map_err(part("extended state"))?;
-    fd.set_xcrs(&state.xcrs).map_err(part("extended control registers"))?;
-    fd.set_debug_regs(&state.debug_regs).map_err(part("debug registers"))?;
+    fd.set_sregs(&state.sregs)
+        .map_err(part("system registers"))?;
+    vcpu.set_xsave(&state.xsave)
+        .map_err(part("extended state"))?;
+    fd.set_xcrs(&state.xcrs)
+        .map_err(part("extended control registers"))?;
+    fd.set_debug_regs(&state.debug_regs)
+        .map_err(part("debug registers"))?;
     // After the system registers, which hold the APIC's base and may reset it; before the MSRs of its timer.
     fd.set_lapic(&state.lapic).map_err(part("local APIC"))
 }
@@ -155,22 +168,34 @@ fn load_tsc(vcpus: &[&Vcpu], states: &[VcpuState]) -> Result<(), TransferError> 
     };
     let mut placed = None;
     for (cpu, (vcpu, state)) in (0_u32..).zip(vcpus.iter().zip(states)) {
-        let failed = |source| TransferError::Vcpu { verb: "take", part: "TSC", cpu, source };
+        let failed = |source| TransferError::Vcpu {
+            verb: "take",
+            part: "TSC",
+            cpu,
+            source,
+        };
         let (Some(ahead), Some(offset)) = (state.tsc_ahead, first.tsc_offset()) else {
-            let entry = kvm_msr_entry { index: msr::TSC, data: state.tsc, ..Default::default() };
+            let entry = kvm_msr_entry {
+                index: msr::TSC,
+                data: state.tsc,
+                ..Default::default()
+            };
             msr::write(&vcpu.fd, cpu, &[entry])?;
             continue;
         };
         let base = match placed {
             Some(base) => base,
             None => {
-                let now = msr::read_one(&first.fd, msr::TSC).map_err(failed)?.unwrap_or(0);
+                let now = msr::read_one(&first.fd, msr::TSC)
+                    .map_err(failed)?
+                    .unwrap_or(0);
                 let base = offset.wrapping_add(first_state.tsc).wrapping_sub(now);
                 placed = Some(base);
                 base
             }
         };
-        vcpu.set_tsc_offset(base.wrapping_add(ahead)).map_err(failed)?;
+        vcpu.set_tsc_offset(base.wrapping_add(ahead))
+            .map_err(failed)?;
     }
     Ok(())
 }
@@ -181,18 +206,52 @@ fn load_tsc(vcpus: &[&Vcpu], states: &[VcpuState]) -> Result<(), TransferError> 
 /// interrupt is in no part of the state. It is made to fire at once; one interrupt too many does a guest no harm,
 /// one too few may leave it asleep for ever. (Firecracker does the same, `fix_zero_tsc_deadline_msr`. In the other
 /// timer modes KVM fires by itself when a count of 0 is loaded.)
-fn load_deadline(vcpu: &Vcpu, cpu: u32, state: &VcpuState) -> Result<(), TransferError> {
-    let Some(deadline) = state.tsc_deadline else { return Ok(()) };
-    let data = match deadline {
-        0 if awaits_deadline(&state.lapic) => state.tsc,
-        deadline => deadline,
+fn load_deadline(
+    vcpu: &Vcpu,
+    cpu: u32,
+    state: &VcpuState,
+    tsc_khz: u32,
+) -> Result<(), TransferError> {
+    let Some(deadline) = state.tsc_deadline else {
+        return Ok(());
     };
-    let entry = kvm_msr_entry { index: msr::TSC_DEADLINE, data, ..Default::default() };
+    let failed = |source| TransferError::Vcpu {
+        verb: "take",
+        part: "TSC",
+        cpu,
+        source,
+    };
+    let now = msr::read_one(&vcpu.fd, msr::TSC)
+        .map_err(failed)?
+        .unwrap_or(0);
+    let data = match deadline {
+        0 if awaits_deadline(&state.lapic) => now,
+        0 => 0,
+        deadline => place_deadline(deadline, state.tsc, now, tsc_khz),
+    };
+    let entry = kvm_msr_entry {
+        index: msr::TSC_DEADLINE,
+        data,
+        ..Default::default()
+    };
     msr::write(&vcpu.fd, cpu, &[entry])
 }
 
+/// A deadline by the guest's TSC as it is `now`, from one by the TSC that read `taken` when the state was taken.
+///
+/// Nearly always the same: the TSC goes on. Some of KVM's back ends let the guest see the host's TSC and cannot move
+/// it (they say yes and do nothing); there the deadline keeps its distance.
+pub(super) fn place_deadline(deadline: u64, taken: u64, now: u64, tsc_khz: u32) -> u64 {
+    let second = u64::from(tsc_khz) * 1000;
+    let apart = now.wrapping_sub(taken);
+    if apart.min(apart.wrapping_neg()) < second {
+        return deadline;
+    }
+    now.wrapping_add(deadline.saturating_sub(taken)).max(1)
+}
+
 /// Whether the local APIC's timer is in deadline mode and not masked.
-fn awaits_deadline(lapic: &kvm_lapic_state) -> bool {
+pub(super) fn awaits_deadline(lapic: &kvm_lapic_state) -> bool {
     const TIMER_ENTRY: usize = 0x320;
     const MASKED: u32 = 1 << 16;
     const MODE: u32 = 3 << 17;

@@ -28,7 +28,8 @@ impl ImmediateExit {
     pub(in crate::kvm) fn new(vcpu: &VcpuFd) -> nix::Result<Self> {
         let length = const { std::num::NonZeroUsize::new(size_of::<kvm_run>()).unwrap() };
         // SAFETY: wrapping a descriptor that outlives the borrow.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(vcpu)) };
+        let fd =
+            unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(vcpu)) };
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
         let run = unsafe {
             mmap(

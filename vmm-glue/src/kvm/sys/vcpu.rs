@@ -59,7 +59,13 @@ impl Vcpu {
         }
         let (region, extra) = words.split_at(fixed);
         // SAFETY: only the length of the array behind the struct must not change, and it is no part of this.
-        unsafe { xsave.as_mut_fam_struct().xsave.region.copy_from_slice(region) };
+        unsafe {
+            xsave
+                .as_mut_fam_struct()
+                .xsave
+                .region
+                .copy_from_slice(region)
+        };
         xsave.as_mut_slice().copy_from_slice(extra);
         // SAFETY: `empty_xsave` made it as large as what KVM reads.
         unsafe { self.fd.set_xsave2(&xsave) }
@@ -79,7 +85,8 @@ impl Vcpu {
     /// The guest's TSC minus the (scaled) host's, or `None` where the kernel does not tell (before 5.16).
     pub(in crate::kvm) fn tsc_offset(&self) -> Option<u64> {
         let mut offset = 0_u64;
-        self.tsc_offset_attribute(KVM_GET_DEVICE_ATTR, &mut offset).ok()?;
+        self.tsc_offset_attribute(KVM_GET_DEVICE_ATTR, &mut offset)
+            .ok()?;
         Some(offset)
     }
 
@@ -97,8 +104,13 @@ impl Vcpu {
         };
         // SAFETY: both requests take a `kvm_device_attr`, and this attribute is a u64 at `addr` that the kernel
         // reads or writes during the call only (`Documentation/virt/kvm/devices/vcpu.rst`, 4.1).
-        let result = unsafe { nix::libc::ioctl(self.fd.as_raw_fd(), request, &raw const attribute) };
-        if result == 0 { Ok(()) } else { Err(errno::Error::last()) }
+        let result =
+            unsafe { nix::libc::ioctl(self.fd.as_raw_fd(), request, &raw const attribute) };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(errno::Error::last())
+        }
     }
 
     /// What KVM says of an internal error. Only after such an exit.
@@ -107,12 +119,17 @@ impl Vcpu {
         // SAFETY: every field of the union is plain integers, for which any bytes are valid.
         let internal = unsafe { run.__bindgen_anon_1.internal };
         let count = (internal.ndata as usize).min(internal.data.len());
-        InternalError { suberror: internal.suberror, data: internal.data[..count].to_vec() }
+        InternalError {
+            suberror: internal.suberror,
+            data: internal.data[..count].to_vec(),
+        }
     }
 }
 
-const KVM_SET_DEVICE_ATTR: u64 = nix::request_code_write!(KVMIO, 0xe1, size_of::<kvm_device_attr>());
-const KVM_GET_DEVICE_ATTR: u64 = nix::request_code_write!(KVMIO, 0xe2, size_of::<kvm_device_attr>());
+const KVM_SET_DEVICE_ATTR: u64 =
+    nix::request_code_write!(KVMIO, 0xe1, size_of::<kvm_device_attr>());
+const KVM_GET_DEVICE_ATTR: u64 =
+    nix::request_code_write!(KVMIO, 0xe2, size_of::<kvm_device_attr>());
 
 // As in the kernel's `include/uapi/linux/kvm.h`.
 const _: () = assert!(KVM_SET_DEVICE_ATTR == 0x4018_aee1 && KVM_GET_DEVICE_ATTR == 0x4018_aee2);

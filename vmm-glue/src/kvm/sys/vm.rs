@@ -49,6 +49,9 @@ impl GuestVm {
 
     /// Makes the vCPU with local APIC number `id`.
     pub(in crate::kvm) fn create_vcpu(self: &Arc<Self>, id: u32) -> Result<Vcpu, errno::Error> {
-        Ok(Vcpu::new(self.fd.create_vcpu(u64::from(id))?, Arc::clone(self)))
+        Ok(Vcpu::new(
+            self.fd.create_vcpu(u64::from(id))?,
+            Arc::clone(self),
+        ))
     }
 }

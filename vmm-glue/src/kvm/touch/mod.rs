@@ -154,12 +154,16 @@ impl TouchPlan {
         };
         if fill_pages > most {
             let asked = config.fill_bytes.unwrap_or_default();
-            return Err(TouchError::FillTooLarge { asked, memory, most: most * PAGE });
+            return Err(TouchError::FillTooLarge {
+                asked,
+                memory,
+                most: most * PAGE,
+            });
         }
         let share_pages = fill_pages / u64::from(cpus);
-        let hot_bytes = config
-            .hot_bytes
-            .unwrap_or_else(|| (fill_pages * PAGE / 4).clamp(PAGE * u64::from(cpus), HOT_BYTES_DEFAULT));
+        let hot_bytes = config.hot_bytes.unwrap_or_else(|| {
+            (fill_pages * PAGE / 4).clamp(PAGE * u64::from(cpus), HOT_BYTES_DEFAULT)
+        });
         let hot_pages = (hot_bytes / PAGE / u64::from(cpus)).min(share_pages);
         if hot_pages == 0 {
             let bytes = hot_bytes.min(fill_pages * PAGE);
@@ -167,13 +171,20 @@ impl TouchPlan {
         }
         let versions = tables_end;
         let fill = versions + (fill_pages * VERSION_BYTES).next_multiple_of(PAGE);
-        Ok(Self { versions, fill, fill_pages, share_pages, hot_pages })
+        Ok(Self {
+            versions,
+            fill,
+            fill_pages,
+            share_pages,
+            hot_pages,
+        })
     }
 }
 
 /// The pattern's word `word` of filled page `page`, at version 0.
 pub fn pattern(page: u64, word: u64) -> u64 {
-    page.wrapping_mul(PAGE_FACTOR).wrapping_add(word.wrapping_mul(WORD_FACTOR))
+    page.wrapping_mul(PAGE_FACTOR)
+        .wrapping_add(word.wrapping_mul(WORD_FACTOR))
 }
 
 /// A vCPU's parameter page. The code takes the offsets from here (`sys.rs`).
@@ -229,7 +240,12 @@ pub(super) fn load(
             let at = PARAMETERS + cpu * PAGE;
             let parameters = parameters(config, &plan, cpu, u64::from(cpus), tsc_khz);
             ram.write_image(at, parameters.as_bytes())?;
-            Ok(Entry { rip: CODE, rsp: at + PAGE, rdi: at, ..Default::default() })
+            Ok(Entry {
+                rip: CODE,
+                rsp: at + PAGE,
+                rdi: at,
+                ..Default::default()
+            })
         })
         .collect::<Result<_, TouchError>>()?;
     fill(ram, &plan)?;
@@ -296,7 +312,10 @@ mod tests {
             let plan = TouchPlan::new(&TouchConfig::default(), memory, 2).unwrap();
             assert!(plan.fill >= plan.versions + plan.fill_pages * VERSION_BYTES);
             assert!(plan.fill + plan.fill_pages * PAGE <= memory);
-            assert!(memory - (plan.fill + plan.fill_pages * PAGE) < 4 * PAGE, "{memory}");
+            assert!(
+                memory - (plan.fill + plan.fill_pages * PAGE) < 4 * PAGE,
+                "{memory}"
+            );
             assert!(plan.hot_pages <= plan.share_pages);
         }
     }
@@ -305,25 +324,42 @@ mod tests {
     fn sizes_that_do_not_fit_are_refused() {
         let plan = |config: TouchConfig| TouchPlan::new(&config, 64 << 20, 2);
         let default = TouchConfig::default;
-        let large = plan(TouchConfig { fill_bytes: Some(64 << 20), ..default() });
+        let large = plan(TouchConfig {
+            fill_bytes: Some(64 << 20),
+            ..default()
+        });
         assert!(large.unwrap_err().to_string().contains("has room for"));
-        let small = plan(TouchConfig { fill_bytes: Some(PAGE), ..default() });
+        let small = plan(TouchConfig {
+            fill_bytes: Some(PAGE),
+            ..default()
+        });
         assert!(matches!(small, Err(TouchError::TooSmall { .. })));
-        let cold = plan(TouchConfig { cold_per_million: 1_000_001, ..default() });
+        let cold = plan(TouchConfig {
+            cold_per_million: 1_000_001,
+            ..default()
+        });
         assert!(matches!(cold, Err(TouchError::Cold(_))));
-        let tick = plan(TouchConfig { tick_touches: Some(0), ..default() });
+        let tick = plan(TouchConfig {
+            tick_touches: Some(0),
+            ..default()
+        });
         assert!(matches!(tick, Err(TouchError::EmptyTick)));
     }
 
     #[test]
     fn every_word_is_as_the_pattern_says_and_the_rest_stays_empty() {
         let ram = GuestRam::new(16 << 20, Backing::Small).unwrap();
-        let config = TouchConfig { fill_bytes: Some(1 << 20), ..TouchConfig::default() };
+        let config = TouchConfig {
+            fill_bytes: Some(1 << 20),
+            ..TouchConfig::default()
+        };
         load(&ram, &config, 1, 2_600_000).unwrap();
         let plan = TouchPlan::new(&config, 16 << 20, 1).unwrap();
         let mut page = vec![0; PAGE_SIZE];
         for number in 0..plan.fill_pages {
-            ram.file().read_exact_at(&mut page, plan.fill + number * PAGE).unwrap();
+            ram.file()
+                .read_exact_at(&mut page, plan.fill + number * PAGE)
+                .unwrap();
             for (word, bytes) in (0..).zip(page.as_chunks::<8>().0) {
                 assert_eq!(u64::from_le_bytes(*bytes), pattern(number, word));
             }
@@ -332,6 +368,10 @@ mod tests {
         ram.file().read_exact_at(&mut page, end).unwrap();
         assert!(page.iter().all(|&byte| byte == 0));
         let data = nix::unistd::lseek(ram.file(), end as i64, nix::unistd::Whence::SeekData);
-        assert_eq!(data, Err(nix::errno::Errno::ENXIO), "nothing behind the filled pages takes room");
+        assert_eq!(
+            data,
+            Err(nix::errno::Errno::ENXIO),
+            "nothing behind the filled pages takes room"
+        );
     }
 }

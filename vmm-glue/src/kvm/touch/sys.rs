@@ -345,7 +345,10 @@ pub(super) fn code() -> &'static [u8] {
         static lazyvm_touch_code: u8;
         static lazyvm_touch_code_end: u8;
     }
-    let (start, end) = (&raw const lazyvm_touch_code, &raw const lazyvm_touch_code_end);
+    let (start, end) = (
+        &raw const lazyvm_touch_code,
+        &raw const lazyvm_touch_code_end,
+    );
     // SAFETY: both symbols stand in the assembly above, the second behind the first in the same read-only section,
     // and everything between them is initialised.
     unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
