@@ -4,7 +4,6 @@ use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use lazyvm_pager::{InstallMode, LazyMemory, Options};
 use lazyvm_server::{Phase, Server, SessionConfig, SessionHandle};
@@ -64,12 +63,7 @@ fn serve(file: File) -> Source {
 
 fn add(server: &Server, file: File) -> SessionHandle {
     server
-        .add_session(SessionConfig {
-            machine: Arc::new(PlainMachine::new(file).unwrap()),
-            ticket_lifetime: Duration::from_secs(60),
-            max_bandwidth: None,
-            record: None,
-        })
+        .add_session(SessionConfig::new(Arc::new(PlainMachine::new(file).unwrap())))
         .unwrap()
 }
 

@@ -1,5 +1,6 @@
 //! What the lanes of one move share.
 
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -13,6 +14,15 @@ use crate::install::{InstallError, Installed, Installer};
 use crate::report::Statistics;
 use crate::verify::Verifier;
 
+/// A unit that can't be brought now.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RequestError {
+    #[error("the page can't be read")]
+    Read(#[from] io::Error),
+    #[error("the page can't be put in place")]
+    Install(#[from] InstallError),
+}
+
 /// Which lane a page came on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Origin {
@@ -20,12 +30,23 @@ pub(crate) enum Origin {
     Push,
 }
 
+/// Reads a unit's bytes, which are at hand; [`fill_locally`](crate::fill_locally) takes one.
+pub type LocalReader = dyn Fn(PageRange, &mut [u8]) -> io::Result<()> + Send + Sync;
+
+/// Where a unit comes from that somebody waits for.
+pub(crate) enum Supply {
+    /// The source is asked.
+    Source(RequestQueue),
+    /// It is here.
+    Local(Box<LocalReader>),
+}
+
 pub(crate) struct Core {
     pub layout: Layout,
     pub installer: Installer,
     pub statistics: Arc<Statistics>,
     pub verifier: Option<Verifier>,
-    pub requests: RequestQueue,
+    pub supply: Supply,
     /// No page is missing, and all are compared where that was asked for.
     pub all_here: Notify,
     connections: Mutex<Vec<Connection>>,
@@ -36,6 +57,7 @@ impl Core {
         layout: Layout,
         installer: Installer,
         statistics: Arc<Statistics>,
+        supply: Supply,
         verify: bool,
     ) -> Self {
         let verifier = verify.then(|| Verifier::new(layout.pages()));
@@ -44,10 +66,23 @@ impl Core {
             installer,
             statistics,
             verifier,
-            requests: RequestQueue::default(),
+            supply,
             all_here: Notify::new(),
             connections: Mutex::default(),
         }
+    }
+
+    /// Has a unit brought that somebody waits for.
+    pub fn request(&self, unit: PageRange) -> Result<(), RequestError> {
+        match &self.supply {
+            Supply::Source(queue) => queue.push(unit),
+            Supply::Local(read) => {
+                let mut data = vec![0; unit.bytes() as usize];
+                read(unit, &mut data)?;
+                self.install(unit, &data, Origin::Demand)?;
+            }
+        }
+        Ok(())
     }
 
     /// Puts pages in place that came with their bytes.

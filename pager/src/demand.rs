@@ -4,6 +4,7 @@
 //! used again when its answer is there: a kept one answers a third faster than a fresh one.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use lazyvm_wire::frame::{FRAME_HEADER_LEN, FaultRequest, FrameError, FrameHeader
 use quinn::{Connection, ConnectionError, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::sync::Notify;
 
-use crate::core::{Core, Origin};
+use crate::core::{Core, Origin, Supply};
 
 /// Until a page that could not be read there or not be put in place here is asked for again.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
@@ -72,9 +73,24 @@ pub(crate) enum DemandError {
 
 /// Asks for what is in the queue, over this connection, until it is lost. What an earlier connection was asked for and
 /// did not bring is asked for again.
-pub(crate) async fn run(core: &Arc<Core>, connection: &Connection) -> Result<(), DemandError> {
+pub(crate) async fn run(
+    core: &Arc<Core>,
+    queue: &RequestQueue,
+    connection: &Connection,
+) -> DemandError {
+    match ask(core, queue, connection).await {
+        Ok(never) => match never {},
+        Err(error) => error,
+    }
+}
+
+async fn ask(
+    core: &Arc<Core>,
+    queue: &RequestQueue,
+    connection: &Connection,
+) -> Result<Infallible, DemandError> {
     let table = core.installer.table();
-    core.requests.replace(table.requested().flat_map(|range| {
+    queue.replace(table.requested().flat_map(|range| {
         let mut rest = range;
         std::iter::from_fn(move || {
             let unit = table.unit_of(rest.first).filter(|_| !rest.is_empty())?;
@@ -93,7 +109,7 @@ pub(crate) async fn run(core: &Arc<Core>, connection: &Connection) -> Result<(),
                 let stream: Result<DemandStream, DemandError> = done;
                 idle.push(stream?);
             }
-            unit = core.requests.pop(), if may_ask => {
+            unit = queue.pop(), if may_ask => {
                 let stream = match idle.pop() {
                     Some(stream) => stream,
                     None => {
@@ -159,11 +175,13 @@ impl DemandStream {
     }
 }
 
-/// Asks for a unit once more after a while, if it is still waited for then.
+/// Asks for a unit once more after a while.
 pub(crate) fn ask_again(core: &Arc<Core>, unit: PageRange) {
     let core = core.clone();
     tokio::spawn(async move {
         tokio::time::sleep(RETRY_AFTER).await;
-        core.requests.push(unit);
+        if let Supply::Source(queue) = &core.supply {
+            queue.push(unit);
+        }
     });
 }

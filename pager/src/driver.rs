@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 use crate::connect::{ConnectError, Credentials, Link, connect_bulk, connect_fault};
-use crate::core::Core;
+use crate::core::{Core, Supply};
 use crate::handover::{Action, Event, Failure, Handover, Phase};
 use crate::install::InstallError;
 use crate::pager::PagerError;
@@ -384,9 +384,9 @@ fn spawn_demand(core: &Arc<Core>, link: &Link, lanes: &mut JoinSet<String>) {
     let core = core.clone();
     let connection = link.connection.clone();
     lanes.spawn(async move {
-        match demand::run(&core, &connection).await {
-            Ok(()) => "no more requests".to_owned(),
-            Err(error) => describe(&error),
+        match &core.supply {
+            Supply::Source(queue) => describe(&demand::run(&core, queue, &connection).await),
+            Supply::Local(_) => "the pages are here".to_owned(),
         }
     });
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::core::Core;
 use crate::install::{Event, FaultOutcome};
 use crate::sys;
+use lazyvm_quic::describe;
 use lazyvm_wire::PageIndex;
 
 /// Until a fault that could not be served is tried again.
@@ -31,7 +32,7 @@ pub(crate) async fn watch(core: Arc<Core>) -> io::Result<()> {
                 Ok(0) => break,
                 Ok(_) => {}
                 Err(error) => {
-                    tracing::error!(error = %lazyvm_quic::describe(&error), "an event of the userfaultfd can't be handled");
+                    tracing::error!(error = %describe(&error), "an event of the userfaultfd can't be handled");
                     // The descriptor stays readable for what could not be read; not at full speed.
                     tokio::time::sleep(RETRY_AFTER).await;
                     break;
@@ -43,19 +44,31 @@ pub(crate) async fn watch(core: Arc<Core>) -> io::Result<()> {
 }
 
 fn handle(core: &Arc<Core>, page: PageIndex, now: Instant) {
-    match core.installer.fault(page) {
+    let result = match core.installer.fault(page) {
         Ok(FaultOutcome::Request(unit)) => {
             core.statistics.fault(unit.first, now);
-            core.requests.push(unit);
+            core.request(unit)
         }
-        Ok(FaultOutcome::Waiting | FaultOutcome::Served) => {}
-        Err(error) => {
-            tracing::error!(%page, error = %lazyvm_quic::describe(&error), "a fault can't be served; who touched the page waits");
-            let core = core.clone();
-            tokio::spawn(async move {
-                tokio::time::sleep(RETRY_AFTER).await;
-                handle(&core, page, now);
-            });
-        }
+        Ok(FaultOutcome::Waiting | FaultOutcome::Served) => Ok(()),
+        Err(error) => Err(error.into()),
+    };
+    if let Err(error) = result {
+        tracing::error!(%page, error = %describe(&error), "a fault can't be served; who touched the page waits");
+        retry(core.clone(), page, now);
     }
+}
+
+fn retry(core: Arc<Core>, page: PageIndex, now: Instant) {
+    tokio::spawn(async move {
+        tokio::time::sleep(RETRY_AFTER).await;
+        // Requested already, so the page table would say that somebody sees to it.
+        let again = core
+            .installer
+            .table()
+            .unit_of(page)
+            .map(|unit| core.request(unit));
+        if let Some(Err(_)) = again {
+            retry(core, page, now);
+        }
+    });
 }

@@ -30,6 +30,9 @@ pub mod uffd;
 mod verify;
 
 pub use connect::ConnectError;
+pub use core::LocalReader;
 pub use memory::{InstallMode, LazyMemory, LazyRegion};
-pub use pager::{Arrived, Filling, Offer, Options, PagerError, Progress, connect, resume};
+pub use pager::{
+    Arrived, Filling, Offer, Options, PagerError, Progress, connect, fill_locally, resume,
+};
 pub use report::{Percentiles, Report};

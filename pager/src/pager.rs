@@ -11,11 +11,12 @@ use std::time::Instant;
 use lazyvm_quic::{LaneThread, describe};
 use lazyvm_wire::control::{Switchover, Welcome};
 use lazyvm_wire::trust::{Identity, TrustError};
-use lazyvm_wire::{Layout, MachineOffer, Ticket};
+use lazyvm_wire::{Layout, MachineOffer, PageIndex, Ticket};
 use tokio::sync::mpsc;
 
 use crate::connect::{ConnectError, Credentials, connect_fault};
-use crate::core::Core;
+use crate::core::{Core, LocalReader, Supply};
+use crate::demand::RequestQueue;
 use crate::driver::{Command, Driver};
 use crate::faults;
 use crate::handover::Handover;
@@ -200,11 +201,14 @@ impl Offer {
         let uffd = Uffd::open(&memory, self.0.options.removals)?;
         let installer = Installer::new(self.layout(), memory, uffd, Registration::Register)?;
         let statistics = self.0.statistics.clone();
+        let supply = Supply::Source(RequestQueue::default());
+        let verify = self.0.options.verify;
         Ok(Core::new(
             self.layout().clone(),
             installer,
             statistics,
-            self.0.options.verify,
+            supply,
+            verify,
         ))
     }
 }
@@ -290,6 +294,15 @@ impl Filling {
         }
     }
 
+    /// Whether a page is in place, or zero and not touched yet.
+    pub fn is_here(&self, page: PageIndex) -> bool {
+        self.core
+            .installer
+            .table()
+            .state(page)
+            .is_some_and(|state| !state.is_missing())
+    }
+
     /// Waits until the last page is here and the source has let go.
     ///
     /// # Errors
@@ -360,6 +373,34 @@ impl Move {
             Err(error) => error.into(),
         }
     }
+}
+
+/// Fills `memory`, which must be empty, from pages that are at hand: a touch is served with what `read` gives.
+///
+/// It goes on for as long as the process.
+///
+/// # Errors
+/// [`PagerError`].
+pub fn fill_locally(
+    layout: &Layout,
+    memory: Arc<LazyMemory>,
+    read: Box<LocalReader>,
+) -> Result<(), PagerError> {
+    let uffd = Uffd::open(&memory, false)?;
+    let installer = Installer::new(layout, memory, uffd, Registration::Register)?;
+    let statistics = Arc::new(Statistics::new(Instant::now()));
+    let core = Core::new(
+        layout.clone(),
+        installer,
+        statistics,
+        Supply::Local(read),
+        false,
+    );
+    let lane = LaneThread::start("fault-lane").map_err(PagerError::Thread)?;
+    lane.handle().spawn(watch(Arc::new(core)));
+    // Absent pages must not turn into zeros, so the lane goes on.
+    std::mem::forget(lane);
+    Ok(())
 }
 
 async fn watch(core: Arc<Core>) {

@@ -24,10 +24,25 @@ pub struct SessionConfig {
     pub machine: Arc<dyn SourceMachine>,
     /// How long the ticket lets a destination in for the first time.
     pub ticket_lifetime: Duration,
+    /// Whether pages are pushed; without, only faults bring them.
+    pub push: bool,
     /// Limit of the push in bytes a second; faults are not limited.
     pub max_bandwidth: Option<u64>,
     /// Where the session is recorded; `None` for a machine whose loss nobody minds (benchmarks, tests).
     pub record: Option<SessionRecord>,
+}
+
+impl SessionConfig {
+    /// A session with a ticket for ten minutes and a push without limit, recorded nowhere.
+    pub fn new(machine: Arc<dyn SourceMachine>) -> Self {
+        Self {
+            machine,
+            ticket_lifetime: Duration::from_secs(600),
+            push: true,
+            max_bandwidth: None,
+            record: None,
+        }
+    }
 }
 
 /// How far a session is. Counts pages of 4 KiB.
@@ -267,6 +282,9 @@ impl Session {
 
     /// Begins the push of all data pages.
     pub fn begin_push(&self, map: &PageMap) {
+        if !self.config.push {
+            return;
+        }
         *lock(&self.push) = Some(PushScheduler::new(
             map,
             self.config.machine.layout().clone(),
