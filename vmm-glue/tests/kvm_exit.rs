@@ -1,4 +1,5 @@
 //! How machines end, and why some never begin.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's helpers fail it")]
 
 mod common;
 

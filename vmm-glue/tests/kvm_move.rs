@@ -1,4 +1,5 @@
 //! A machine's state, taken from one KVM machine and loaded into another.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's helpers fail it")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! The touch payload, on real KVM: it ticks, and it notices what is not as it left it.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's helpers fail it")]
 
 mod common;
 

@@ -217,7 +217,7 @@ fn layout_of(bytes: u64, backing: Backing) -> Result<Layout, MemoryError> {
     if bytes < MEMORY_MIN {
         return Err(MemoryError::TooSmall { bytes });
     }
-    if bytes % backing.bytes() != 0 {
+    if !bytes.is_multiple_of(backing.bytes()) {
         return Err(MemoryError::NotWhole {
             bytes,
             page: backing.bytes(),
