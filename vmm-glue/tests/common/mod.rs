@@ -214,12 +214,6 @@ impl Running {
         self.wait_ticks(seen + 2, 1).last().unwrap().errors
     }
 
-    /// Waits until it has counted an error, and gives the line that tells of the first.
-    pub fn wait_error(&self) -> String {
-        self.wait_lines(1, |line| line.starts_with("error "))
-            .remove(0)
-    }
-
     pub fn status(&self) -> lazyvm_vmm_glue::kvm::Status {
         self.machine().status()
     }
