@@ -17,7 +17,7 @@ use quinn::rustls::pki_types::CertificateDer;
 use quinn::{Connection, EndpointConfig, Incoming, TokioRuntime};
 use tokio::sync::Semaphore;
 
-use crate::handover::Phase;
+use crate::handover::{Event, Phase};
 use crate::session::{Session, SessionConfig, SessionStatus};
 use crate::{bulk, fault};
 
@@ -187,6 +187,18 @@ impl SessionHandle {
     /// How far it is.
     pub fn status(&self) -> SessionStatus {
         self.session.status()
+    }
+
+    /// Takes the offer back, unless the machine has been handed over: [`SessionHandle::outcome`] tells. The machine
+    /// runs on here.
+    pub fn withdraw(&self) {
+        // Nothing is to be done at once: a conversation that is under way finds out by itself.
+        self.session.handle(Event::Withdrawn);
+    }
+
+    /// Waits until no connection of the session is left, so that its destination has heard all that it was told.
+    pub async fn parted(&self) {
+        self.session.parted().await;
     }
 
     /// Waits until the session is over and says how: [`Phase::Moved`] or [`Phase::Ended`].

@@ -25,6 +25,8 @@ pub enum EndReason {
     MachineFailed(String),
     /// The destination broke the protocol before the machine was handed over.
     Protocol(&'static str),
+    /// The source's operator took the offer back.
+    Withdrawn,
 }
 
 impl fmt::Display for EndReason {
@@ -34,6 +36,7 @@ impl fmt::Display for EndReason {
             Self::PeerLost => f.write_str("the destination was lost before the hand-over"),
             Self::MachineFailed(reason) => write!(f, "the machine can't be handed over: {reason}"),
             Self::Protocol(what) => write!(f, "the destination broke the protocol: {what}"),
+            Self::Withdrawn => f.write_str("the offer was taken back before the hand-over"),
         }
     }
 }
@@ -78,6 +81,8 @@ pub enum Event {
     Released,
     /// No connection to the destination is left.
     PeerLost,
+    /// The source's operator takes the offer back.
+    Withdrawn,
 }
 
 /// What is to be done, in order.
@@ -105,15 +110,15 @@ pub enum Action {
 #[derive(Debug)]
 pub struct Handover {
     phase: Phase,
-    /// The destination was lost while an action was under way that has to end first.
-    lost: bool,
+    /// Why the move must end, since an action is under way that has to end first.
+    ending: Option<EndReason>,
 }
 
 impl Default for Handover {
     fn default() -> Self {
         Self {
             phase: Phase::Offered,
-            lost: false,
+            ending: None,
         }
     }
 }
@@ -137,21 +142,24 @@ impl Handover {
                 self.end(EndReason::Refused(reason), vec![])
             }
             (Phase::Offered, Event::PeerLost) => self.end(EndReason::PeerLost, vec![]),
+            (Phase::Offered, Event::Withdrawn) => self.end(EndReason::Withdrawn, vec![]),
 
             (Phase::Pausing | Phase::Recording, Event::PeerLost) => {
-                self.lost = true;
+                self.ending.get_or_insert(EndReason::PeerLost);
+                vec![]
+            }
+            (Phase::Pausing | Phase::Recording, Event::Withdrawn) => {
+                self.ending.get_or_insert(EndReason::Withdrawn);
                 vec![]
             }
             (Phase::Pausing, Event::Paused(Err(error))) => {
                 let reason = EndReason::MachineFailed(error);
                 self.end(reason.clone(), vec![Action::SendRejected(reason)])
             }
-            (Phase::Pausing, Event::Paused(Ok(()))) if self.lost => {
-                self.end(EndReason::PeerLost, vec![Action::Resume])
-            }
-            (Phase::Pausing, Event::Paused(Ok(()))) => {
-                self.go(Phase::Recording, vec![Action::RecordHandedOver])
-            }
+            (Phase::Pausing, Event::Paused(Ok(()))) => match self.ending.take() {
+                Some(reason) => self.end(reason, vec![Action::Resume]),
+                None => self.go(Phase::Recording, vec![Action::RecordHandedOver]),
+            },
             (Phase::Recording, Event::Recorded(Err(error))) => {
                 let reason = EndReason::MachineFailed(error);
                 self.end(
@@ -159,13 +167,11 @@ impl Handover {
                     vec![Action::Resume, Action::SendRejected(reason)],
                 )
             }
-            (Phase::Recording, Event::Recorded(Ok(()))) if self.lost => {
+            (Phase::Recording, Event::Recorded(Ok(()))) => match self.ending.take() {
                 // Nothing was sent, so nobody can have started it.
-                self.end(EndReason::PeerLost, vec![Action::Resume])
-            }
-            (Phase::Recording, Event::Recorded(Ok(()))) => {
-                self.go(Phase::HandedOver, vec![Action::SendSwitchover])
-            }
+                Some(reason) => self.end(reason, vec![Action::Resume]),
+                None => self.go(Phase::HandedOver, vec![Action::SendSwitchover]),
+            },
 
             // The answer to the first one was lost with its connection.
             (Phase::HandedOver, Event::Ready) => vec![Action::SendSwitchover],
@@ -183,8 +189,8 @@ impl Handover {
             // A destination that missed the answer says it again on a new connection.
             (Phase::Moved, Event::Complete) => vec![Action::SendReleased],
 
-            // Silence after the switchover means nothing.
-            (_, Event::PeerLost) => vec![],
+            // Silence after the switchover means nothing, and the offer was taken up.
+            (_, Event::PeerLost | Event::Withdrawn) => vec![],
             (Phase::Offered, _) => {
                 let reason = EndReason::Protocol("a message that comes before the hand-over");
                 self.end(reason.clone(), vec![Action::SendRejected(reason)])
@@ -242,6 +248,31 @@ mod tests {
         );
     }
 
+    #[test]
+    fn an_offer_is_taken_back_while_nobody_can_have_started_the_machine() {
+        for (events, actions) in [
+            (vec![], vec![]),
+            (vec![Event::Ready], vec![Action::Resume]),
+            (
+                vec![Event::Ready, Event::Paused(Ok(()))],
+                vec![Action::Resume],
+            ),
+        ] {
+            let mut handover = Handover::default();
+            for event in &events {
+                handover.handle(event.clone());
+            }
+            let mut done = handover.handle(Event::Withdrawn);
+            done.extend(match handover.phase() {
+                Phase::Pausing => handover.handle(Event::Paused(Ok(()))),
+                Phase::Recording => handover.handle(Event::Recorded(Ok(()))),
+                _ => vec![],
+            });
+            assert_eq!(done, actions, "after {events:?}");
+            assert_eq!(*handover.phase(), Phase::Ended(EndReason::Withdrawn));
+        }
+    }
+
     fn events() -> impl Strategy<Value = Vec<(Event, bool)>> {
         let event = prop_oneof![
             Just(Event::Ready),
@@ -249,6 +280,7 @@ mod tests {
             Just(Event::Started),
             Just(Event::Complete),
             Just(Event::PeerLost),
+            Just(Event::Withdrawn),
         ];
         proptest::collection::vec((event, proptest::bool::weighted(0.9)), 0..40)
     }

@@ -87,6 +87,8 @@ pub(crate) struct Session {
     owner: Mutex<Option<Fingerprint>>,
     /// The connections that are in use, by lane.
     connections: Mutex<[Option<Connection>; 2]>,
+    /// A lane has lost its connection.
+    detached: Notify,
     handover: Mutex<Handover>,
     phase: watch::Sender<Phase>,
     push: Mutex<Option<PushScheduler>>,
@@ -115,6 +117,7 @@ impl Session {
             push_wake: Notify::new(),
             owner: Mutex::new(None),
             connections: Mutex::new([None, None]),
+            detached: Notify::new(),
             handover: Mutex::new(Handover::default()),
             phase: watch::Sender::new(Phase::Offered),
             push: Mutex::new(None),
@@ -183,6 +186,18 @@ impl Session {
             .is_some_and(|attached| attached.stable_id() == connection.stable_id())
         {
             *slot = None;
+            self.detached.notify_waiters();
+        }
+    }
+
+    /// Waits until neither lane has a connection.
+    pub async fn parted(&self) {
+        loop {
+            let detached = self.detached.notified();
+            if lock(&self.connections).iter().all(Option::is_none) {
+                return;
+            }
+            detached.await;
         }
     }
 
@@ -191,6 +206,7 @@ impl Session {
         for connection in lock(&self.connections).iter_mut().filter_map(Option::take) {
             connection.close(lazyvm_quic::close_code::GONE, b"the session ends");
         }
+        self.detached.notify_waiters();
     }
 
     pub fn has_bulk_lane(&self) -> bool {
