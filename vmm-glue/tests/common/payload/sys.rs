@@ -56,29 +56,33 @@ payload!(
 );
 
 payload!(
-    /// Writes the serial port's scratch register and reads it back, for ever. Says "." every 512 times, and "!" at
-    /// once when it reads anything else than it wrote.
-    port_echo, test_port_echo, test_port_echo_end,
+    /// Says the alphabet, a line each time, for ever. After each letter it reads why the serial port wants an
+    /// interrupt, which it tells once: the letter was sent. Says "!" when it is told anything else.
+    alphabet, test_alphabet, test_alphabet_end,
     r#"
-    xor ebx, ebx
-1:  inc ebx
-    mov edx, 0x3ff
-    mov al, bl
+    mov edx, 0x3f9
+    mov al, 2
     out dx, al
-    xor eax, eax
+    mov ecx, 'a'
+1:  mov edx, 0x3f8
+    mov eax, ecx
+    out dx, al
+    mov edx, 0x3fa
     in al, dx
-    cmp al, bl
-    jne 2f
-    test ebx, 511
-    jnz 1b
-    mov al, '.'
-3:  mov edx, 0x3f8
-    out dx, al
+    and al, 15
+    cmp al, 2
+    mov edx, 0x3f8
+    jne 3f
+    inc ecx
+    cmp ecx, 'z'
+    jbe 1b
     mov al, 10
     out dx, al
+    mov ecx, 'a'
     jmp 1b
-2:  mov al, '!'
-    jmp 3b
+3:  mov al, '!'
+    out dx, al
+    jmp 1b
     "#
 );
 
