@@ -8,7 +8,7 @@ use lazyvm_wire::{COMPATIBILITY_MAX, KIND_MAX, PageMap, STATE_MAX, printable};
 use libfuzzer_sys::fuzz_target;
 
 /// Pages of the largest image that gets memory here. A destination has memory for the image by then.
-const IMAGE_PAGES_MAX: u64 = 1 << 20;
+const IMAGE_PAGES_MAX: u64 = 1 << 18;
 
 fuzz_target!(|data: &[u8]| {
     let Some((piece, stream)) = data.split_first() else {

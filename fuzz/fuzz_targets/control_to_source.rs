@@ -7,7 +7,7 @@ use lazyvm_wire::PageMap;
 use lazyvm_wire::control::{HELLO_MAX, Hello, ToSource, to_source_max};
 use libfuzzer_sys::fuzz_target;
 
-const IMAGE_PAGES: u64 = 1 << 20;
+const IMAGE_PAGES: u64 = 1 << 18;
 
 fuzz_target!(|data: &[u8]| {
     let [is_hello, piece, stream @ ..] = data else {
