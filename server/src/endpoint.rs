@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use dashmap::DashMap;
 use lazyvm_quic::{
-    ControlReceiver, ControlSender, LaneThread, ServerConfigs, SetupError, close_code,
+    ControlReceiver, ControlSender, LaneThread, Urgency, ServerConfigs, SetupError, close_code,
     control_stream,
 };
 use lazyvm_wire::control::{HELLO_MAX, Hello, Lane, Rejection, ToDestination};
@@ -98,8 +98,8 @@ impl Server {
         let configs = lazyvm_quic::server_configs(identity)?;
         let socket =
             lazyvm_quic::bind(address).map_err(|source| ServerError::Bind { address, source })?;
-        let fault_lane = LaneThread::start("fault-lane").map_err(ServerError::Thread)?;
-        let bulk_lane = LaneThread::start("bulk-lane").map_err(ServerError::Thread)?;
+        let fault_lane = LaneThread::start("fault-lane", Urgency::Fault).map_err(ServerError::Thread)?;
+        let bulk_lane = LaneThread::start("bulk-lane", Urgency::Bulk).map_err(ServerError::Thread)?;
         let endpoint = {
             let _context = fault_lane.handle().enter();
             quinn::Endpoint::new(
@@ -196,7 +196,7 @@ impl SessionHandle {
         self.session.handle(Event::Withdrawn);
     }
 
-    /// Waits until no connection of the session is left, so that its destination has heard all that it was told.
+    /// Waits until the conversation with the destination is over: it has heard all that it was told, or is gone.
     pub async fn parted(&self) {
         self.session.parted().await;
     }

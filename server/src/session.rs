@@ -190,11 +190,11 @@ impl Session {
         }
     }
 
-    /// Waits until neither lane has a connection.
+    /// Waits until the fault lane has no connection.
     pub async fn parted(&self) {
         loop {
             let detached = self.detached.notified();
-            if lock(&self.connections).iter().all(Option::is_none) {
+            if lock(&self.connections)[Lane::Fault as usize].is_none() {
                 return;
             }
             detached.await;
