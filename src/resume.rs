@@ -1,0 +1,371 @@
+//! `lazyvm resume`: the destination's side of a move.
+
+mod machine;
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use lazyvm_pager::{Filling, InstallMode, Options, PagerError, Report};
+use lazyvm_vmm_glue::kvm::{
+    ArrivingMachine, Destination, DestinationConfig, ExitReason, SerialTarget,
+};
+use lazyvm_wire::Ticket;
+use nix::sys::signal::Signal;
+
+use crate::exit::{Exit, Problem};
+use crate::metrics::StatusPage;
+use crate::progress::Meter;
+use crate::run::{ended, serial_target};
+use crate::signals::Signals;
+use crate::{files, ticket};
+use machine::{Cancel, Cancellable};
+
+/// How often progress is looked at.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// Flags of `resume`.
+#[derive(Args)]
+pub struct ResumeArgs {
+    /// The ticket that lazyvm serve printed: its text, @FILE, or - for standard input
+    ///
+    /// A ticket is a secret. Its text on the command line is overwritten as soon as this command runs, so that lists of
+    /// processes do not show it; until then they do, and the shell's history keeps it. @FILE and - have neither flaw.
+    ticket: String,
+    /// Take the VM into a fresh, idle Firecracker (not in this release)
+    #[arg(long, value_name = "API_SOCK", conflicts_with_all = ["qemu", "control", "serial"])]
+    firecracker: Option<PathBuf>,
+    /// Take the VM into the QEMU that is started with the command after -- (not in this release)
+    #[arg(long, requires = "command", conflicts_with_all = ["control", "serial"])]
+    qemu: bool,
+    /// Make the VM's control socket here; without it, in a directory of its own, which the log names
+    #[arg(long, value_name = "SOCK")]
+    control: Option<PathBuf>,
+    /// Where the guest's serial output goes: appended to a file, or to standard output; without it, nowhere
+    #[arg(long, value_name = "FILE|stdio", value_parser = serial_target)]
+    serial: Option<SerialTarget>,
+    /// Go on after the move until the VM ends or is moved on; without it the VM ends with this command
+    #[arg(long)]
+    stay: bool,
+    /// Write what the move cost to this file, as one JSON object; also when a signal breaks it off
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Compare a hash of every page with the source's, taken at the pause
+    #[arg(long)]
+    verify: bool,
+    /// How pages are put into the VM's memory
+    #[arg(long, default_value = "minor")]
+    install: Install,
+    /// A disk that moved along (not in this release); may be repeated
+    #[arg(long, value_name = "NAME=SOCK")]
+    disk: Vec<String>,
+    /// Serve metrics for Prometheus here, at /metrics; loopback only
+    #[arg(long, value_name = "127.0.0.1:PORT")]
+    status_addr: Option<SocketAddr>,
+    /// The QEMU that takes the VM, and its arguments (not in this release)
+    #[arg(last = true, value_name = "QEMU_COMMAND")]
+    command: Vec<OsString>,
+}
+
+/// How pages are put into memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Install {
+    /// Copied by the kernel (UFFDIO_COPY)
+    Missing,
+    /// Written through a second mapping, then mapped (UFFDIO_CONTINUE): the faster one
+    Minor,
+}
+
+impl From<Install> for InstallMode {
+    fn from(install: Install) -> Self {
+        match install {
+            Install::Missing => Self::Missing,
+            Install::Minor => Self::Minor,
+        }
+    }
+}
+
+/// What the command waits for.
+enum Event {
+    Signal(Signal),
+    /// The machine runs here, or does not.
+    Resumed(Box<Resumed>),
+    Ended(ExitReason),
+}
+
+/// How the hand-over went.
+struct Resumed {
+    result: Result<Filling, PagerError>,
+    /// Of the machine's own failure, which the pager knows in words only.
+    exit: Option<Exit>,
+}
+
+impl ResumeArgs {
+    fn refuse_what_is_not_there(&self) -> Result<(), Problem> {
+        let later = [
+            (self.firecracker.is_some(), "--firecracker"),
+            (self.qemu || !self.command.is_empty(), "--qemu"),
+            (!self.disk.is_empty(), "--disk"),
+        ];
+        match later.iter().find(|(asked, _)| *asked) {
+            Some((_, what)) => Err(Problem::not_in_this_release(what)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Takes the VM over and runs it here.
+pub fn resume(args: &ResumeArgs) -> anyhow::Result<Exit> {
+    args.refuse_what_is_not_there()?;
+    let signals = Signals::hold().context("can't handle signals")?;
+    let ticket = ticket::read(&args.ticket)?;
+    let page = args.status_addr.map(StatusPage::serve).transpose()?;
+    let home = Home::new(args.control.as_deref())?;
+    let destination = Destination::new(DestinationConfig {
+        serial: args.serial.clone().unwrap_or(SerialTarget::Nothing),
+        control: home.control.clone(),
+        install: args.install.into(),
+    });
+    let machine = destination.machine();
+    let (events, inbox) = channel();
+    let to_inbox = events.clone();
+    signals
+        .tell(move |signal| drop(to_inbox.send(Event::Signal(signal))))
+        .context("can't handle signals")?;
+    let cancel = Cancel::default();
+    let taking = Cancellable::new(destination, cancel.clone());
+    take_over(
+        ticket,
+        Options {
+            verify: args.verify,
+            removals: false,
+        },
+        taking,
+        events.clone(),
+    )?;
+    let filling = wait_for_start(&inbox, &cancel)?;
+    tracing::info!(control = %home.control.display(), "the VM runs here; its memory arrives");
+    let report = fill(args, filling, &inbox, page.as_ref())?;
+    let verified = check(&report);
+    if let Some(machine) = machine.get() {
+        machine.set_memory_complete();
+    }
+    if args.stay {
+        stay(machine, events, &inbox)?;
+    } else {
+        tracing::warn!("the VM ends here with this command; --stay keeps it");
+    }
+    verified
+}
+
+/// The control socket, and the directory that was made for it.
+struct Home {
+    control: PathBuf,
+    _folder: Option<tempfile::TempDir>,
+}
+
+impl Home {
+    fn new(control: Option<&Path>) -> anyhow::Result<Self> {
+        if let Some(control) = control {
+            return Ok(Self {
+                control: control.to_owned(),
+                _folder: None,
+            });
+        }
+        let folder = tempfile::Builder::new()
+            .prefix("lazyvm-")
+            .tempdir()
+            .context("can't make a directory for the control socket; name one with --control")?;
+        Ok(Self {
+            control: folder.path().join("control"),
+            _folder: Some(folder),
+        })
+    }
+}
+
+/// Connects and takes the machine over, on a thread of its own since all of that blocks.
+fn take_over(
+    ticket: Ticket,
+    options: Options,
+    mut machine: Cancellable,
+    events: Sender<Event>,
+) -> anyhow::Result<()> {
+    thread::Builder::new()
+        .name("resume".to_owned())
+        .spawn(move || {
+            let result = lazyvm_pager::connect(&ticket, options).and_then(|offer| {
+                tracing::info!(
+                    session = %ticket.session,
+                    memory_bytes = offer.layout().bytes(),
+                    kind = offer.machine().kind,
+                    "connected to the source"
+                );
+                lazyvm_pager::resume(offer, &mut machine)
+            });
+            let resumed = Resumed {
+                result,
+                exit: machine.exit(),
+            };
+            drop(events.send(Event::Resumed(Box::new(resumed))));
+        })
+        .context("can't start a thread")?;
+    Ok(())
+}
+
+/// Waits until the machine runs here. A signal stops that in good order, so that it runs on at the source.
+fn wait_for_start(inbox: &Receiver<Event>, cancel: &Cancel) -> anyhow::Result<Filling> {
+    let mut asked = false;
+    loop {
+        match inbox
+            .recv()
+            .context("the thread that takes the VM over ended early")?
+        {
+            Event::Resumed(resumed) => {
+                return resumed.result.map_err(|error| match (resumed.exit, error) {
+                    (Some(exit), PagerError::Refused(reason)) => Problem::new(
+                        exit,
+                        format!("the VM can't be run here: {reason}. It runs on at the source"),
+                    )
+                    .into(),
+                    (_, error) => error.into(),
+                });
+            }
+            Event::Signal(signal) if !cancel.cancel() => {
+                let text =
+                    format!("ended by {signal} before the hand-over; the VM runs at the source");
+                return Err(Problem::new(Exit::NotMoved, text).into());
+            }
+            Event::Signal(_) if asked => {
+                let text = "ended by a signal during the hand-over; lazyvm status at the source tells where the VM is";
+                return Err(Problem::new(Exit::BrokenOff, text).into());
+            }
+            Event::Signal(signal) => {
+                asked = true;
+                tracing::warn!(%signal, "giving the VM back to the source; a second signal ends this command at once");
+            }
+            Event::Ended(_) => {}
+        }
+    }
+}
+
+/// Waits until all memory is here, and reports.
+fn fill(
+    args: &ResumeArgs,
+    filling: Filling,
+    inbox: &Receiver<Event>,
+    page: Option<&StatusPage>,
+) -> anyhow::Result<Report> {
+    let mut meter = Meter::new();
+    let mut warned = false;
+    loop {
+        let progress = filling.progress();
+        meter.show(
+            progress.pages_here,
+            progress.pages_total,
+            progress.pages_demand,
+        );
+        if let Some(page) = page {
+            page.show(&progress, &filling.report());
+        }
+        if progress.done {
+            break;
+        }
+        match inbox.recv_timeout(PROGRESS_EVERY) {
+            Ok(Event::Signal(_)) if warned => {
+                write_report(args, &filling.report())?;
+                let text = format!(
+                    "ended by a signal when {} of {} pages had arrived; the VM has ended with it",
+                    progress.pages_here, progress.pages_total
+                );
+                return Err(Problem::new(Exit::BrokenOff, text).into());
+            }
+            Ok(Event::Signal(signal)) => {
+                warned = true;
+                tracing::warn!(
+                    %signal,
+                    "the VM runs here and {} of its {} pages have arrived; ending now loses it, and a second signal does",
+                    progress.pages_here,
+                    progress.pages_total
+                );
+            }
+            Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+            // The sender of signals is gone; time still goes by.
+            Err(RecvTimeoutError::Disconnected) => thread::sleep(PROGRESS_EVERY),
+        }
+    }
+    drop(meter);
+    let report = filling.wait()?;
+    tracing::info!(
+        downtime_us = report.downtime_us,
+        faults = report.faults,
+        fault_us_p50 = report.fault_us.p50,
+        pages_demand = report.pages_demand,
+        pages_pushed = report.pages_pushed,
+        complete_at_us = report.complete_at_us,
+        verified = report.verified,
+        "all memory is here, and the source has let go"
+    );
+    write_report(args, &report)?;
+    Ok(report)
+}
+
+fn write_report(args: &ResumeArgs, report: &Report) -> anyhow::Result<()> {
+    let Some(path) = &args.report else {
+        return Ok(());
+    };
+    let mut text = serde_json::to_vec_pretty(report)?;
+    text.push(b'\n');
+    files::replace(path, &text, files::SHARED)
+        .with_context(|| format!("can't write the report to {}", path.display()))
+}
+
+/// What the comparison of every page means for this command.
+fn check(report: &Report) -> anyhow::Result<Exit> {
+    if report.verified == Some(false) {
+        let text = "pages differ from the source's: this VM's memory is damaged, don't trust it";
+        return Err(Problem::new(Exit::Integrity, text).into());
+    }
+    Ok(Exit::Done)
+}
+
+/// Waits until the VM ends, here or because it was moved on. A signal ends it.
+fn stay(
+    machine: ArrivingMachine,
+    events: Sender<Event>,
+    inbox: &Receiver<Event>,
+) -> anyhow::Result<()> {
+    let machine = Arc::new(machine);
+    let waiting = Arc::clone(&machine);
+    thread::Builder::new()
+        .name("machine-end".to_owned())
+        .spawn(move || {
+            if let Some(machine) = waiting.get() {
+                drop(events.send(Event::Ended(machine.wait())));
+            }
+        })
+        .context("can't start a thread")?;
+    loop {
+        match inbox
+            .recv()
+            .context("the thread that waits for the VM ended early")?
+        {
+            Event::Ended(reason) => {
+                tracing::info!(%reason, "the VM has ended here");
+                return ended(&reason).map(|_| ());
+            }
+            Event::Signal(signal) => {
+                tracing::info!(%signal, "ending the VM");
+                if let Some(machine) = machine.get() {
+                    machine.quit();
+                }
+            }
+            Event::Resumed(_) => {}
+        }
+    }
+}
