@@ -16,8 +16,8 @@ use lazyvm_pager::InstallMode;
 use lazyvm_pager::port::DestinationMachine;
 use lazyvm_server::port::{SourceMachine, SourceMemory};
 use lazyvm_vmm_glue::kvm::{
-    Destination, DestinationConfig, Machine, MachineConfig, Payload, RemoteMachine, SerialTarget,
-    TouchConfig,
+    ArrivingMachine, Destination, DestinationConfig, Machine, MachineConfig, Payload,
+    RemoteMachine, SerialTarget, TouchConfig,
 };
 use lazyvm_wire::{Backing, PAGE_SIZE, PageRange};
 
@@ -145,7 +145,7 @@ pub fn copy(from: &Arc<dyn SourceMemory>, to: &File) {
 
 enum Owned {
     Booted(Machine),
-    Arrived(lazyvm_vmm_glue::kvm::ArrivingMachine),
+    Arrived(ArrivingMachine),
 }
 
 /// A machine and its files.
@@ -156,6 +156,14 @@ pub struct Running {
 }
 
 impl Running {
+    pub fn arrived(machine: ArrivingMachine, serial: SerialTarget, control: PathBuf) -> Self {
+        Self {
+            machine: Owned::Arrived(machine),
+            serial,
+            control,
+        }
+    }
+
     pub fn machine(&self) -> &Machine {
         match &self.machine {
             Owned::Booted(machine) => machine,
