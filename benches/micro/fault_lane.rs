@@ -1,0 +1,264 @@
+//! One fault lane, 64 threads: whether it serves them all alike when they fault at once.
+//!
+//! A server and a pager of the real kind over loopback QUIC, without push, so that every page is asked for. What is timed
+//! is a touch of an absent page: from just before it until its thread goes on. The goal is a p99 of at most 4 × the p50.
+//!
+//! Two ways to fault at once. In *rounds*, all threads touch a page each, and none goes on before all have; the first of
+//! a round is served 64 times as fast as the last by any lane, so this has a p99 of about 2 × the p50 even where the
+//! order is fair. In a *stream*, each thread touches its next page as soon as it has the one before, so that 64 faults
+//! are always open: here a fair lane has nearly the same wait for all, and an unfair one shows. The same with the pages
+//! at hand tells what the threads' own wake-ups cost; a thread alone tells what one fault costs.
+//!
+//! Percentiles of single touches are no business of Criterion's, so this is a program of its own that prints a table.
+//! With `--test` it runs once and shortly, as Criterion's benches do.
+
+#[allow(dead_code, reason = "each bench uses its part")]
+mod random;
+
+use std::error::Error;
+use std::fs::File;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use lazyvm_pager::{Filling, InstallMode, LazyMemory, Options, Percentiles};
+use lazyvm_server::{Server, SessionConfig};
+use lazyvm_vmm_glue::plain::PlainMachine;
+use lazyvm_wire::trust::Identity;
+use lazyvm_wire::{Layout, PAGE_SIZE, PageIndex, PageRange};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use random::Random;
+
+const THREADS: usize = 64;
+
+/// Touches of each thread that are not counted: streams are opened, memory gets warm.
+const WARM_UP: usize = 8;
+
+/// Where the pages come from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Supply {
+    /// Memory of this process.
+    Local,
+    /// A server.
+    Remote,
+}
+
+/// When a thread touches its next page.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pace {
+    /// When all threads have the page before.
+    Rounds,
+    /// When it has the page before.
+    Stream,
+}
+
+#[derive(Clone, Copy)]
+struct Scenario {
+    name: &'static str,
+    threads: usize,
+    supply: Supply,
+    pace: Pace,
+}
+
+const SCENARIOS: [Scenario; 6] = [
+    Scenario {
+        name: "1 thread, pages at hand",
+        threads: 1,
+        supply: Supply::Local,
+        pace: Pace::Stream,
+    },
+    Scenario {
+        name: "1 thread, remote",
+        threads: 1,
+        supply: Supply::Remote,
+        pace: Pace::Stream,
+    },
+    Scenario {
+        name: "64 threads in rounds, pages at hand",
+        threads: THREADS,
+        supply: Supply::Local,
+        pace: Pace::Rounds,
+    },
+    Scenario {
+        name: "64 threads in rounds, remote",
+        threads: THREADS,
+        supply: Supply::Remote,
+        pace: Pace::Rounds,
+    },
+    Scenario {
+        name: "64 threads in a stream, pages at hand",
+        threads: THREADS,
+        supply: Supply::Local,
+        pace: Pace::Stream,
+    },
+    Scenario {
+        name: "64 threads in a stream, remote",
+        threads: THREADS,
+        supply: Supply::Remote,
+        pace: Pace::Stream,
+    },
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    // As Criterion tells a run to measure from one that only shows that the bench works.
+    let measure =
+        std::env::args().any(|arg| arg == "--bench") && std::env::args().all(|arg| arg != "--test");
+    let touches = if measure { 500 } else { 2 };
+    println!(
+        "{:38} {:>7} {:>7} {:>7} {:>7} {:>8} {:>11} {:>10}",
+        "µs a touch waits", "p50", "p90", "p99", "max", "p99/p50", "threads' p50", "touches/s"
+    );
+    for scenario in SCENARIOS {
+        let touches = touches * if scenario.threads == 1 { 8 } else { 1 };
+        run(scenario, touches)?.print(scenario.name);
+    }
+    Ok(())
+}
+
+/// What the threads of a scenario saw.
+struct Outcome {
+    /// Waits of all touches, in nanoseconds.
+    all: Histogram<u64>,
+    /// The lowest and the highest of the threads' own medians, in nanoseconds: apart where a thread is starved.
+    medians: (u64, u64),
+    /// From the first counted touch to the last.
+    time: Duration,
+}
+
+impl Outcome {
+    fn print(&self, name: &str) {
+        let Percentiles { p50, p90, p99, max } = Percentiles::of(&self.all);
+        let [p50_us, p90_us, p99_us, max_us] = [p50, p90, p99, max].map(|ns| ns / 1000);
+        let ratio = p99 as f64 / p50.max(1) as f64;
+        let medians = format!("{}-{}", self.medians.0 / 1000, self.medians.1 / 1000);
+        let rate = self.all.len() as f64 / self.time.as_secs_f64();
+        println!(
+            "{name:38} {p50_us:7} {p90_us:7} {p99_us:7} {max_us:7} {ratio:8.2} {medians:>11} {rate:10.0}"
+        );
+    }
+}
+
+fn run(scenario: Scenario, touches: usize) -> Result<Outcome, Box<dyn Error>> {
+    let pages = (scenario.threads * (WARM_UP + touches)) as u64;
+    let layout = Layout::flat(pages)?;
+    let content = Random::new(1).bytes(layout.bytes() as usize);
+    let memory = Arc::new(LazyMemory::shared(&layout, InstallMode::Minor)?);
+    let filling = match scenario.supply {
+        Supply::Local => {
+            let read = move |range: PageRange, out: &mut [u8]| {
+                let start = range.first.byte_offset() as usize;
+                out.copy_from_slice(&content[start..start + out.len()]);
+                Ok(())
+            };
+            lazyvm_pager::fill_locally(&layout, memory.clone(), Box::new(read))?;
+            None
+        }
+        Supply::Remote => Some(Remote::start(&content, memory.clone())?),
+    };
+    let outcome = touch_all(scenario, touches, &memory)?;
+    if let Some(remote) = filling {
+        // Every page was touched, so the move is at its end.
+        let report = remote.filling.wait()?;
+        assert_eq!(report.pages_demand, pages, "all pages came by a fault");
+    }
+    Ok(outcome)
+}
+
+/// A move over loopback.
+struct Remote {
+    filling: Filling,
+    _server: Server,
+}
+
+impl Remote {
+    fn start(content: &[u8], memory: Arc<LazyMemory>) -> Result<Self, Box<dyn Error>> {
+        let image = File::from(memfd_create("image", MFdFlags::MFD_CLOEXEC)?);
+        image.write_all_at(content, 0)?;
+        let identity = Identity::generate()?;
+        let server = Server::bind((Ipv4Addr::LOCALHOST, 0).into(), &identity)?;
+        let session = server.add_session(SessionConfig {
+            push: false,
+            ..SessionConfig::new(Arc::new(PlainMachine::new(image)?))
+        })?;
+        let ticket = server.ticket(&session, vec![server.local_addr()?]);
+        let filling = lazyvm_pager::connect(&ticket, Options::default())?.fill(memory)?;
+        Ok(Self {
+            filling,
+            _server: server,
+        })
+    }
+}
+
+fn touch_all(
+    scenario: Scenario,
+    touches: usize,
+    memory: &LazyMemory,
+) -> Result<Outcome, Box<dyn Error>> {
+    let per_thread = WARM_UP + touches;
+    let order = Random::new(2).order((scenario.threads * per_thread) as u64);
+    let together = Barrier::new(scenario.threads);
+    let threads: Vec<(Instant, Vec<u64>, Instant)> = std::thread::scope(|scope| {
+        let started: Vec<_> = order
+            .chunks(per_thread)
+            .map(|pages| scope.spawn(|| touch_in_turn(scenario.pace, pages, memory, &together)))
+            .collect();
+        started
+            .into_iter()
+            .map(|thread| thread.join().map_err(|_| "a thread panicked"))
+            .collect::<Result<_, _>>()
+    })?;
+    let mut all = histogram()?;
+    let mut medians = (u64::MAX, 0);
+    for (_, waits, _) in &threads {
+        let mut own = histogram()?;
+        waits.iter().for_each(|&wait| own.saturating_record(wait));
+        all.add(&own)?;
+        let median = own.value_at_quantile(0.5);
+        medians = (medians.0.min(median), medians.1.max(median));
+    }
+    let first = threads.iter().map(|thread| thread.0).min();
+    let last = threads.iter().map(|thread| thread.2).max();
+    let time = first
+        .zip(last)
+        .map_or(Duration::ZERO, |(first, last)| last - first);
+    Ok(Outcome { all, medians, time })
+}
+
+/// Touches a thread's pages; gives when it began to count, the waits in nanoseconds, and when it was done.
+fn touch_in_turn(
+    pace: Pace,
+    pages: &[u64],
+    memory: &LazyMemory,
+    together: &Barrier,
+) -> (Instant, Vec<u64>, Instant) {
+    let mut waits = Vec::with_capacity(pages.len());
+    let mut counted_from = Instant::now();
+    for (number, &page) in pages.iter().enumerate() {
+        if pace == Pace::Rounds || number == 0 || number == WARM_UP {
+            together.wait();
+        }
+        let before = Instant::now();
+        if number == WARM_UP {
+            counted_from = before;
+        }
+        touch(memory, PageIndex(page));
+        if number >= WARM_UP {
+            waits.push(before.elapsed().as_nanos() as u64);
+        }
+    }
+    (counted_from, waits, Instant::now())
+}
+
+fn touch(memory: &LazyMemory, page: PageIndex) {
+    let mut word = [0; 8];
+    let read = memory.read_at(page.byte_offset() + PAGE_SIZE as u64 / 2, &mut word);
+    assert!(read.is_ok() && word != [0; 8], "{page} is there");
+}
+
+fn histogram() -> Result<Histogram<u64>, Box<dyn Error>> {
+    // From a nanosecond to a minute, to three digits.
+    Ok(Histogram::new_with_bounds(1, 60_000_000_000, 3)?)
+}
