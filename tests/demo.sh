@@ -17,17 +17,15 @@ declare -A pids=()
 clean_up() {
     local status=$?
     trap - EXIT INT TERM
-    for pid in "${pids[@]}"; do
-        kill "$pid" 2> /dev/null || true
-    done
-    for pid in "${pids[@]}"; do
-        # A second signal ends a command that warned at the first.
+    # A command that warned at the first signal ends at the second.
+    for signal in TERM TERM KILL; do
+        for pid in "${pids[@]}"; do
+            kill -"$signal" "$pid" 2> /dev/null || true
+        done
         for _ in {1..20}; do
-            kill -0 "$pid" 2> /dev/null || break
+            [[ -n $(jobs -r) ]] || break 2
             sleep 0.1
         done
-        kill "$pid" 2> /dev/null || true
-        wait "$pid" 2> /dev/null || true
     done
     rm -rf "$dir"
     exit "$status"
@@ -138,18 +136,20 @@ say "destination  $(grep -m 1 '^tick .*errors' "$dir/destination.serial")   <- i
 say "first tick at the destination $(ms $((${EPOCHREALTIME/./} - moved_at_us))) after lazyvm resume was started"
 
 headline "4. The memory follows (the push is held at $push_limit), and the guest runs on"
+shown=
 until [[ -s $dir/report.json ]]; do
     runs resume || [[ -s $dir/report.json ]] || fail "lazyvm resume ended before all memory was there"
     progress=$(grep -o '"pages_here":[0-9]*,"pages_total":[0-9]*,"pages_demand":[0-9]*' "$dir/resume.err" | tail -n 1) || true
-    IFS=',:' read -r _ here _ total _ demand <<< "$progress" || true
-    if [[ -n ${total:-} ]]; then
+    if [[ $progress != "$shown" ]]; then
+        shown=$progress
+        IFS=',:' read -r _ here _ total _ demand <<< "$progress"
         say "destination  $(last_tick "$dir/destination.serial")   memory $((100 * here / total))%, $demand pages on demand"
     fi
-    sleep 0.5
+    sleep 0.05
 done
 say "all memory is at the destination"
 
-wait_until 10 "the end of lazyvm serve" resume bash -c "! kill -0 ${pids[serve]} 2> /dev/null"
+wait_until 30 "the end of lazyvm serve" resume bash -c "! kill -0 ${pids[serve]} 2> /dev/null"
 serve_code=0 run_code=0 resume_code=0
 serve_pid=${pids[serve]} run_pid=${pids[run]}
 ended serve || serve_code=$?
