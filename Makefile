@@ -16,11 +16,14 @@ LAZYVM := $(CARGO_TARGET_DIR)/release/lazyvm
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-.PHONY: demo
-demo: ## Build, then watch a running VM move from one process to another; needs /dev/kvm
+.PHONY: build
+build: ## The program, optimized: target/release/lazyvm
 	@.ci/set-up build
 	cargo build --release --locked --package lazyvm
-	tests/demo.sh $(LAZYVM)
+
+.PHONY: demo
+demo: build ## A running VM moves from one process to another while you watch; needs /dev/kvm
+	@tests/demo.sh $(LAZYVM)
 
 .PHONY: test
 test: lint ## All checks and all tests; with CI set, a test that would have to skip fails
@@ -40,10 +43,8 @@ fuzz: ## Every fuzz target for a minute (FUZZ_SECONDS=60), two at a time (FUZZ_A
 	.ci/fuzz
 
 .PHONY: bench
-bench: ## The micro-benchmarks, and the runs behind docs/benchmarks.md
-	@.ci/set-up build
-	cargo build --release --locked --package lazyvm
-	cargo bench --locked --package lazyvm-benches
+bench: build ## The micro-benchmarks, and the runs behind docs/benchmarks.md
+	@cargo bench --locked --package lazyvm-benches
 	for push in off on; do
 		echo "lazyvm bench fault --push $$push"
 		$(LAZYVM) bench fault --push $$push --json -
