@@ -54,11 +54,11 @@ fn handle(core: &Arc<Core>, page: PageIndex, now: Instant) {
     };
     if let Err(error) = result {
         tracing::error!(%page, error = %describe(&error), "a fault can't be served; who touched the page waits");
-        retry(core.clone(), page, now);
+        retry(core.clone(), page);
     }
 }
 
-fn retry(core: Arc<Core>, page: PageIndex, now: Instant) {
+fn retry(core: Arc<Core>, page: PageIndex) {
     tokio::spawn(async move {
         tokio::time::sleep(RETRY_AFTER).await;
         // Requested already, so the page table would say that somebody sees to it.
@@ -68,7 +68,7 @@ fn retry(core: Arc<Core>, page: PageIndex, now: Instant) {
             .unit_of(page)
             .map(|unit| core.request(unit));
         if let Some(Err(_)) = again {
-            retry(core, page, now);
+            retry(core, page);
         }
     });
 }

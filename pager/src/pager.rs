@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use lazyvm_quic::{LaneThread, describe};
+use lazyvm_quic::{LaneThread, Urgency, describe};
 use lazyvm_wire::control::{Switchover, Welcome};
 use lazyvm_wire::trust::{Identity, TrustError};
 use lazyvm_wire::{Layout, MachineOffer, PageIndex, Ticket};
@@ -104,8 +104,8 @@ pub fn connect(ticket: &Ticket, options: Options) -> Result<Offer, PagerError> {
         identity: Identity::generate()?,
         verify: options.verify,
     });
-    let fault_lane = LaneThread::start("fault-lane").map_err(PagerError::Thread)?;
-    let bulk_lane = LaneThread::start("bulk-lane").map_err(PagerError::Thread)?;
+    let fault_lane = LaneThread::start("fault-lane", Urgency::Fault).map_err(PagerError::Thread)?;
+    let bulk_lane = LaneThread::start("bulk-lane", Urgency::Bulk).map_err(PagerError::Thread)?;
     let (commands, receiver) = mpsc::unbounded_channel();
     let stage = Arc::new(StageCell::new());
     let driver = Driver {
@@ -396,7 +396,7 @@ pub fn fill_locally(
         Supply::Local(read),
         false,
     );
-    let lane = LaneThread::start("fault-lane").map_err(PagerError::Thread)?;
+    let lane = LaneThread::start("fault-lane", Urgency::Fault).map_err(PagerError::Thread)?;
     lane.handle().spawn(watch(Arc::new(core)));
     // Absent pages must not turn into zeros, so the lane goes on.
     std::mem::forget(lane);

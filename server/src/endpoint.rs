@@ -1,20 +1,19 @@
 //! The endpoint: one UDP port, any number of sessions.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
 use dashmap::DashMap;
 use lazyvm_quic::{
-    ControlReceiver, ControlSender, LaneThread, Urgency, ServerConfigs, SetupError, close_code,
-    control_stream,
+    ControlReceiver, ControlSender, LaneThread, SetupError, Urgency, close_code, control_stream,
 };
 use lazyvm_wire::control::{HELLO_MAX, Hello, Lane, Rejection, ToDestination};
 use lazyvm_wire::trust::{Fingerprint, Identity};
 use lazyvm_wire::{Secret, SessionId, Ticket};
 use quinn::rustls::pki_types::CertificateDer;
-use quinn::{Connection, EndpointConfig, Incoming, TokioRuntime};
+use quinn::{Connection, Incoming, ServerConfig, TokioRuntime};
 use tokio::sync::Semaphore;
 
 use crate::handover::{Event, Phase};
@@ -48,6 +47,9 @@ pub enum ServerError {
     /// QUIC or its keys.
     #[error("can't set up QUIC")]
     Setup(#[from] SetupError),
+    /// The system's event queue or its UDP sockets.
+    #[error("can't set up a UDP socket")]
+    Socket(#[source] io::Error),
     /// A thread could not be started.
     #[error("can't start a thread")]
     Thread(#[source] io::Error),
@@ -68,17 +70,20 @@ pub enum ServerError {
 /// the push. Dropping it closes all connections; a machine that was handed over stays paused.
 pub struct Server {
     shared: Arc<Shared>,
-    endpoint: quinn::Endpoint,
     fingerprint: Fingerprint,
-    // In this order: the endpoint's own tasks run on the fault lane.
-    _bulk_lane: LaneThread,
-    _fault_lane: LaneThread,
+    fault: LaneEndpoint,
+    bulk: LaneEndpoint,
+}
+
+/// One lane's socket and thread; both lanes have the same port.
+struct LaneEndpoint {
+    endpoint: quinn::Endpoint,
+    // Dropped after the endpoint, whose tasks run on it.
+    _thread: LaneThread,
 }
 
 struct Shared {
     sessions: DashMap<SessionId, Arc<Session>>,
-    configs: ServerConfigs,
-    bulk_lane: tokio::runtime::Handle,
     /// One permit a connection.
     connections: Arc<Semaphore>,
 }
@@ -96,35 +101,20 @@ impl Server {
     /// [`ServerError`].
     pub fn bind(address: SocketAddr, identity: &Identity) -> Result<Self, ServerError> {
         let configs = lazyvm_quic::server_configs(identity)?;
-        let socket =
-            lazyvm_quic::bind(address).map_err(|source| ServerError::Bind { address, source })?;
-        let fault_lane = LaneThread::start("fault-lane", Urgency::Fault).map_err(ServerError::Thread)?;
-        let bulk_lane = LaneThread::start("bulk-lane", Urgency::Bulk).map_err(ServerError::Thread)?;
-        let endpoint = {
-            let _context = fault_lane.handle().enter();
-            quinn::Endpoint::new(
-                EndpointConfig::default(),
-                Some(configs.fault.clone()),
-                socket,
-                Arc::new(TokioRuntime),
-            )
-            .map_err(|source| ServerError::Bind { address, source })?
-        };
+        let bind_error = |source| ServerError::Bind { address, source };
+        let (fault_socket, bulk_socket) = lazyvm_quic::bind_lanes(address).map_err(bind_error)?;
         let shared = Arc::new(Shared {
             sessions: DashMap::new(),
-            configs,
-            bulk_lane: bulk_lane.handle().clone(),
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
         });
-        fault_lane
-            .handle()
-            .spawn(accept(shared.clone(), endpoint.clone()));
+        let lane = |lane, config, socket| LaneEndpoint::start(lane, config, socket, shared.clone());
+        let fault = lane(Lane::Fault, configs.fault, fault_socket)?;
+        let bulk = lane(Lane::Bulk, configs.bulk, bulk_socket)?;
         Ok(Self {
             shared,
-            endpoint,
             fingerprint: identity.fingerprint(),
-            _bulk_lane: bulk_lane,
-            _fault_lane: fault_lane,
+            fault,
+            bulk,
         })
     }
 
@@ -133,7 +123,7 @@ impl Server {
     /// # Errors
     /// The socket's.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.endpoint.local_addr()
+        self.fault.endpoint.local_addr()
     }
 
     /// Serves one more machine, to one destination.
@@ -174,7 +164,9 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.endpoint.close(close_code::GONE, b"the server ends");
+        for lane in [&self.fault, &self.bulk] {
+            lane.endpoint.close(close_code::GONE, b"the server ends");
+        }
     }
 }
 
@@ -215,7 +207,36 @@ impl SessionHandle {
     }
 }
 
-/// Takes connections in and sends each to the thread of its lane.
+impl LaneEndpoint {
+    fn start(
+        lane: Lane,
+        config: ServerConfig,
+        socket: UdpSocket,
+        shared: Arc<Shared>,
+    ) -> Result<Self, ServerError> {
+        let (name, urgency) = match lane {
+            Lane::Fault => ("fault-lane", Urgency::Fault),
+            Lane::Bulk => ("bulk-lane", Urgency::Bulk),
+        };
+        let thread = LaneThread::start(name, urgency).map_err(ServerError::Thread)?;
+        let context = thread.handle().enter();
+        let endpoint = quinn::Endpoint::new(
+            lazyvm_quic::endpoint_config(lane),
+            Some(config),
+            socket,
+            Arc::new(TokioRuntime),
+        )
+        .map_err(ServerError::Socket)?;
+        drop(context);
+        thread.handle().spawn(accept(shared, endpoint.clone()));
+        Ok(Self {
+            endpoint,
+            _thread: thread,
+        })
+    }
+}
+
+/// Takes a lane's connections in.
 async fn accept(shared: Arc<Shared>, endpoint: quinn::Endpoint) {
     while let Some(incoming) = endpoint.accept().await {
         let used = CONNECTIONS_MAX - shared.connections.available_permits();
@@ -230,21 +251,16 @@ async fn accept(shared: Arc<Shared>, endpoint: quinn::Endpoint) {
             incoming.refuse();
             continue;
         };
-        let lane = lazyvm_quic::lane_of_connection_id(&incoming.orig_dst_cid());
         let worker = shared.clone();
-        let task = async move {
+        tokio::spawn(async move {
             let peer = incoming.remote_address();
-            match tokio::time::timeout(HELLO_TIMEOUT, greet(&worker, incoming, lane)).await {
+            match tokio::time::timeout(HELLO_TIMEOUT, greet(&worker, incoming)).await {
                 Ok(Ok(guest)) => guest.serve().await,
                 Ok(Err(reason)) => tracing::warn!(%peer, "refused: {reason}"),
                 Err(_) => tracing::warn!(%peer, "refused: no hello in time"),
             }
             drop(permit);
-        };
-        match lane {
-            Lane::Fault => drop(tokio::spawn(task)),
-            Lane::Bulk => drop(shared.bulk_lane.spawn(task)),
-        }
+        });
     }
 }
 
@@ -257,13 +273,8 @@ struct Guest {
 }
 
 /// Ends the handshake, hears the hello, and lets the peer in or tells it why not.
-async fn greet(shared: &Shared, incoming: Incoming, lane: Lane) -> Result<Guest, String> {
-    let connecting = match lane {
-        Lane::Fault => incoming.accept(),
-        Lane::Bulk => incoming.accept_with(shared.configs.bulk.clone()),
-    };
-    let connection = connecting
-        .map_err(|error| error.to_string())?
+async fn greet(shared: &Shared, incoming: Incoming) -> Result<Guest, String> {
+    let connection = incoming
         .await
         .map_err(|error| format!("no handshake: {error}"))?;
     let peer = peer_fingerprint(&connection).ok_or("no client key")?;

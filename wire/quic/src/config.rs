@@ -9,7 +9,7 @@ use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use quinn::{ClientConfig, IdleTimeout, ServerConfig, TransportConfig, VarInt};
 
-use crate::lane::connection_ids;
+use crate::lane::first_ids;
 use crate::window::FixedWindow;
 
 /// Most demand faults under way at a time; more wait at the destination.
@@ -47,14 +47,13 @@ pub enum SetupError {
     Suite(#[from] NoInitialCipherSuite),
 }
 
-/// A server's settings for each lane. An endpoint has [`ServerConfigs::fault`]; a connection that hints at the bulk
-/// lane is accepted with [`ServerConfigs::bulk`].
+/// A server's settings for each lane.
 #[derive(Clone, Debug)]
 pub struct ServerConfigs {
     /// For control and faults.
     pub fault: ServerConfig,
     /// For the push.
-    pub bulk: Arc<ServerConfig>,
+    pub bulk: ServerConfig,
 }
 
 /// The settings of a server with this identity.
@@ -80,7 +79,7 @@ pub fn server_configs(identity: &Identity) -> Result<ServerConfigs, SetupError> 
         .max_concurrent_uni_streams(0_u32.into());
     Ok(ServerConfigs {
         fault: config(fault),
-        bulk: Arc::new(config(bulk)),
+        bulk: config(bulk),
     })
 }
 
@@ -105,7 +104,7 @@ pub fn client_config(
         .keep_alive_interval(Some(KEEP_ALIVE));
     let mut config = ClientConfig::new(Arc::new(crypto));
     config.transport_config(Arc::new(transport));
-    config.initial_dst_cid_provider(connection_ids(lane));
+    config.initial_dst_cid_provider(first_ids(lane));
     Ok(config)
 }
 
@@ -128,6 +127,8 @@ fn transport(lane: Lane) -> TransportConfig {
             cubic.initial_window(BULK_INITIAL_WINDOW);
             transport
                 .congestion_controller_factory(Arc::new(cubic))
+                // Streams go one after the other: packets of many in turn would cost the destination a task switch each.
+                .send_fairness(false)
                 .send_window(BULK_WINDOW.into())
                 .receive_window(VarInt::from_u32(BULK_WINDOW))
                 .stream_receive_window(VarInt::from_u32(4 << 20));

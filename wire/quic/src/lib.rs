@@ -4,12 +4,11 @@
 //! connections to a source, one a [`Lane`](lazyvm_wire::control::Lane), so that the push never shares a send buffer, a congestion window or
 //! flow control with a fault.
 
-#![forbid(unsafe_code)]
-
 mod config;
 mod control;
 mod lane;
 mod socket;
+mod sys;
 mod text;
 mod thread;
 mod window;
@@ -19,10 +18,10 @@ pub use config::{
     server_configs,
 };
 pub use control::{ControlReceiver, ControlSender, ControlStreamError, control_stream};
-pub use lane::lane_of_connection_id;
-pub use socket::bind;
+pub use lane::endpoint_config;
+pub use socket::{bind, bind_lanes};
 pub use text::describe;
-pub use thread::LaneThread;
+pub use thread::{LaneThread, Urgency};
 pub use window::FixedWindow;
 
 /// Codes that a connection is closed with (RFC 9000, section 20.2).

@@ -6,6 +6,33 @@ use std::thread;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;
 
+use crate::sys;
+
+/// What a lane's thread gives way to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Urgency {
+    /// Somebody waits for what it does: it runs as soon as there is something to do.
+    Fault,
+    /// It has always something to do, and gives way to the others.
+    Bulk,
+}
+
+impl Urgency {
+    /// Tells the kernel. Where a higher priority is not allowed, a short time slice alone has to do: of two threads
+    /// that want to run, the one whose slice would end first goes first (EEVDF).
+    fn apply(self) {
+        const SLICE_NS: u64 = 100_000;
+        let result = match self {
+            Self::Fault => sys::schedule_this_thread(-15, SLICE_NS)
+                .or_else(|_| sys::schedule_this_thread(0, SLICE_NS)),
+            Self::Bulk => Ok(()),
+        };
+        if let Err(error) = result {
+            tracing::debug!(%error, "the thread keeps its priority");
+        }
+    }
+}
+
 /// A thread that runs a single-threaded tokio runtime until it is dropped.
 ///
 /// What is spawned here never hops to another thread between an event and its answer; a hop costs as much as half a
@@ -22,13 +49,14 @@ impl LaneThread {
     ///
     /// # Errors
     /// When the system gives no thread or no event queue.
-    pub fn start(name: &str) -> io::Result<Self> {
+    pub fn start(name: &str, urgency: Urgency) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
         let thread = thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
+                urgency.apply();
                 // An error is the sender's end: time to stop as well.
                 let _ = runtime.block_on(stopped);
                 // A machine's call that blocks for ever must not keep the thread.
