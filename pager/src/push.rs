@@ -11,11 +11,11 @@ use quinn::{Connection, ConnectionError, ReadError, RecvStream};
 use crate::core::{Core, Origin};
 use crate::install::InstallError;
 
-/// Pages that are put in place at a time: 256 KiB, which a core's cache holds and a fault need not wait for long.
-const INSTALL_PAGES: u64 = 64;
+/// Pages that are put in place at a time: 64 KiB. More no longer makes a page cheaper, and leaves the cache.
+const INSTALL_PAGES: u64 = 16;
 
 /// Most bytes taken from a stream at a time.
-const READ_MAX: usize = INSTALL_PAGES as usize * PAGE_SIZE;
+const READ_MAX: usize = 64 * PAGE_SIZE;
 
 /// A push that can't be taken in.
 #[derive(Debug, thiserror::Error)]

@@ -7,7 +7,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use lazyvm_wire::frame::{FRAME_PAGES_MAX, FrameKind};
 use lazyvm_wire::{PageIndex, PageMap, PageRange};
-use quinn::{Connection, ConnectionError, WriteError};
+use quinn::{Connection, ConnectionError, SendStream, WriteError};
 
 use crate::frames::{READ_PAGES_MAX, header};
 use crate::handover::Phase;
@@ -15,8 +15,15 @@ use crate::rate::RateLimit;
 use crate::scheduler::Urgency;
 use crate::session::Session;
 
-/// Most frames on a stream. Streams are short, so that a lost packet holds back little.
-const FRAMES_MAX: usize = 64;
+/// A stream is ended when it has taken as much. Short enough for a lost packet to hold back little, long enough for
+/// what a stream costs by itself to be lost in it.
+const STREAM_BYTES: usize = 8 << 20;
+
+/// Priority of a window's stream; the others' are 0 and, for digests, less.
+const WINDOW_PRIORITY: i32 = 1;
+
+/// Most digest frames on a stream.
+const DIGEST_FRAMES: usize = 64;
 
 /// A push that can't go on over this connection.
 #[derive(Debug, thiserror::Error)]
@@ -29,10 +36,17 @@ pub(crate) enum PushError {
 
 /// Pushes until the session is over or the connection is lost.
 pub(crate) async fn push(session: &Arc<Session>, connection: &Connection) -> Result<(), PushError> {
-    let mut limit = session
+    let limit = session
         .config
         .max_bandwidth
         .map(|bytes_per_s| RateLimit::new(bytes_per_s, Instant::now()));
+    let mut pusher = Pusher {
+        session,
+        connection,
+        limit,
+        rest: None,
+        chunks: Vec::new(),
+    };
     loop {
         let woken = session.push_wake.notified();
         tokio::pin!(woken);
@@ -41,76 +55,90 @@ pub(crate) async fn push(session: &Arc<Session>, connection: &Connection) -> Res
         if session.is_over() {
             return Ok(());
         }
-        match next_stream(session).await {
-            Some(stream) => send(session, connection, &mut limit, stream).await?,
-            None => tokio::select! {
-                () = woken => {}
-                error = connection.closed() => return Err(error.into()),
-            },
+        if pusher.push_next().await? {
+            continue;
+        }
+        pusher.finish_rest();
+        tokio::select! {
+            () = woken => {}
+            error = connection.closed() => return Err(error.into()),
         }
     }
 }
 
-/// What goes on one stream.
-struct PushStream {
+struct Pusher<'a> {
+    session: &'a Session,
+    connection: &'a Connection,
+    limit: Option<RateLimit>,
+    /// The stream that pages without urgency go on, and the bytes that it has taken.
+    rest: Option<(SendStream, usize)>,
+    /// Frames that are to go.
     chunks: Vec<Bytes>,
-    pages: u64,
-    urgency: Urgency,
 }
 
-/// Gathers frames until a stream is worth its while. A window goes at once.
-async fn next_stream(session: &Session) -> Option<PushStream> {
-    let first = session.next_batch(READ_PAGES_MAX)?;
-    let mut stream = PushStream {
-        chunks: Vec::new(),
-        pages: 0,
-        urgency: first.urgency,
-    };
-    let mut raw_pages = 0;
-    let mut batch = Some(first);
-    while let Some(next) = batch.take() {
-        raw_pages += session
-            .frames
-            .push_frames(next.range, next.whole, &mut stream.chunks)
-            .raw_pages;
-        stream.pages += next.range.count;
-        let room = READ_PAGES_MAX.saturating_sub(raw_pages);
-        if stream.urgency == Urgency::Rest && room > 0 && stream.chunks.len() < FRAMES_MAX {
-            // Reading and comparing a long row of zeros must not keep the thread from what it sends.
-            tokio::task::yield_now().await;
-            batch = session.next_batch(room);
+impl Pusher<'_> {
+    /// Pushes what goes next; `false` when there is nothing.
+    async fn push_next(&mut self) -> Result<bool, PushError> {
+        let Some(batch) = self.session.next_batch(READ_PAGES_MAX) else {
+            return Ok(false);
+        };
+        let frames = &self.session.frames;
+        frames.push_frames(batch.range, batch.whole, &mut self.chunks);
+        let bytes = self.chunks.iter().map(Bytes::len).sum();
+        self.wait_for_limit(bytes).await;
+        match batch.urgency {
+            Urgency::Window => self.send_window().await?,
+            Urgency::Rest => self.send_rest(bytes).await?,
         }
+        self.session
+            .counters
+            .pushed
+            .fetch_add(batch.range.count, Ordering::Relaxed);
+        // Reading and comparing a long row of zeros must not keep the thread from what it sends.
+        tokio::task::yield_now().await;
+        Ok(true)
     }
-    Some(stream)
-}
 
-async fn send(
-    session: &Session,
-    connection: &Connection,
-    limit: &mut Option<RateLimit>,
-    mut stream: PushStream,
-) -> Result<(), PushError> {
-    if let Some(limit) = limit {
-        let wait = limit.wait(Instant::now());
-        if !wait.is_zero() {
-            tokio::time::sleep(wait).await;
-        }
-        limit.sent(stream.chunks.iter().map(|chunk| chunk.len() as u64).sum());
+    /// A window goes on a stream of its own, ahead of what is waiting to be sent.
+    async fn send_window(&mut self) -> Result<(), PushError> {
+        let mut stream = self.connection.open_uni().await?;
+        // Fails only for a stream that is closed; the write says so too. So does the finish.
+        let _ = stream.set_priority(WINDOW_PRIORITY);
+        stream.write_all_chunks(&mut self.chunks).await?;
+        self.chunks.clear();
+        let _ = stream.finish();
+        Ok(())
     }
-    let mut send = connection.open_uni().await?;
-    let priority = match stream.urgency {
-        Urgency::Window => 1,
-        Urgency::Rest => 0,
-    };
-    // Fails only for a stream that is closed; the write says so too.
-    let _ = send.set_priority(priority);
-    send.write_all_chunks(&mut stream.chunks).await?;
-    let _ = send.finish();
-    session
-        .counters
-        .pushed
-        .fetch_add(stream.pages, Ordering::Relaxed);
-    Ok(())
+
+    async fn send_rest(&mut self, bytes: usize) -> Result<(), PushError> {
+        let (mut stream, taken) = match self.rest.take() {
+            Some(rest) => rest,
+            None => (self.connection.open_uni().await?, 0),
+        };
+        stream.write_all_chunks(&mut self.chunks).await?;
+        self.chunks.clear();
+        self.rest = Some((stream, taken + bytes));
+        if taken + bytes >= STREAM_BYTES {
+            self.finish_rest();
+        }
+        Ok(())
+    }
+
+    fn finish_rest(&mut self) {
+        if let Some((mut stream, _)) = self.rest.take() {
+            let _ = stream.finish();
+        }
+    }
+
+    async fn wait_for_limit(&mut self, bytes: usize) {
+        if let Some(limit) = &mut self.limit {
+            let wait = limit.wait(Instant::now());
+            if !wait.is_zero() {
+                tokio::time::sleep(wait).await;
+            }
+            limit.sent(bytes as u64);
+        }
+    }
 }
 
 /// Waits for the pause, then sends digests where the destination asked for them.
@@ -157,7 +185,7 @@ fn digest_chunks(session: &Session, map: &PageMap, start: PageIndex) -> (Vec<Byt
     let bits = map.bits();
     let mut chunks = Vec::new();
     let mut page = start.as_usize();
-    while page < bits.len() && chunks.len() < 2 * FRAMES_MAX {
+    while page < bits.len() && chunks.len() < 2 * DIGEST_FRAMES {
         let rest = &bits[page..];
         let zeros = rest.leading_zeros().min(u32::MAX as usize);
         let range = if zeros > 0 {

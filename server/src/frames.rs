@@ -8,11 +8,11 @@ use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange, is_zero, page_digest, zero_di
 
 use crate::port::SourceMemory;
 
-/// Most pages that are read at a time for the push: 1 MiB.
-pub(crate) const READ_PAGES_MAX: u64 = 256;
+/// Most pages that are read at a time for the push: 128 KiB, which a core's cache still holds when they are encrypted.
+pub(crate) const READ_PAGES_MAX: u64 = 32;
 
 /// Buffers that are kept for the next read.
-const POOL_MAX: usize = 64;
+const POOL_MAX: usize = 128;
 
 /// Reads pages as frames.
 pub(crate) struct FrameReader {

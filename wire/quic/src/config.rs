@@ -131,7 +131,7 @@ fn transport(lane: Lane) -> TransportConfig {
                 .send_fairness(false)
                 .send_window(BULK_WINDOW.into())
                 .receive_window(VarInt::from_u32(BULK_WINDOW))
-                .stream_receive_window(VarInt::from_u32(4 << 20));
+                .stream_receive_window(VarInt::from_u32(8 << 20));
         }
     }
     transport
