@@ -4,3 +4,8 @@
 
 pub mod kvm;
 pub mod plain;
+
+/// The program in `docs/library.md` is a test. It stands here because it names both ends, which never name each other.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/library.md")]
+struct LibraryGuide;
