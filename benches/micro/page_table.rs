@@ -32,7 +32,7 @@ const PART: u64 = 1 << 16;
 fn main() {
     let mut criterion = Criterion::default()
         .warm_up_time(Duration::from_millis(300))
-        .measurement_time(Duration::from_millis(1500))
+        .measurement_time(Duration::from_secs(1))
         .sample_size(20)
         .configure_from_args();
     let mut group = criterion.benchmark_group("page_table");
