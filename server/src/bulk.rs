@@ -9,7 +9,7 @@ use lazyvm_wire::frame::{FRAME_PAGES_MAX, FrameKind};
 use lazyvm_wire::{PageIndex, PageMap, PageRange};
 use quinn::{Connection, ConnectionError, SendStream, WriteError};
 
-use crate::frames::{READ_PAGES_MAX, header};
+use crate::frames::{READ_PAGES_MAX, ZERO_READ_PAGES_MAX, header};
 use crate::handover::Phase;
 use crate::rate::RateLimit;
 use crate::scheduler::Urgency;
@@ -18,6 +18,12 @@ use crate::session::Session;
 /// A stream is ended when it has taken as much. Short enough for a lost packet to hold back little, long enough for
 /// what a stream costs by itself to be lost in it.
 const STREAM_BYTES: usize = 8 << 20;
+
+/// Frames of zeros that are gathered before they go: about a packet's worth.
+const ZERO_FRAMES: usize = 48;
+
+/// Reads without a look at anything else.
+const READS_IN_A_ROW: u64 = 4;
 
 /// Priority of a window's stream; the others' are 0 and, for digests, less.
 const WINDOW_PRIORITY: i32 = 1;
@@ -46,6 +52,8 @@ pub(crate) async fn push(session: &Arc<Session>, connection: &Connection) -> Res
         limit,
         rest: None,
         chunks: Vec::new(),
+        reads: 0,
+        zeros: false,
     };
     loop {
         let woken = session.push_wake.notified();
@@ -74,33 +82,47 @@ struct Pusher<'a> {
     rest: Option<(SendStream, usize)>,
     /// Frames that are to go.
     chunks: Vec<Bytes>,
+    reads: u64,
+    /// The last read brought nothing but zeros.
+    zeros: bool,
 }
 
 impl Pusher<'_> {
     /// Pushes what goes next; `false` when there is nothing.
     async fn push_next(&mut self) -> Result<bool, PushError> {
-        let Some(batch) = self.session.next_batch(READ_PAGES_MAX) else {
+        let pages_max = if self.zeros {
+            ZERO_READ_PAGES_MAX
+        } else {
+            READ_PAGES_MAX
+        };
+        let Some(batch) = self.session.next_batch(pages_max) else {
+            self.send_rest().await?;
             return Ok(false);
         };
         let frames = &self.session.frames;
-        frames.push_frames(batch.range, batch.whole, &mut self.chunks);
-        let bytes = self.chunks.iter().map(Bytes::len).sum();
-        self.wait_for_limit(bytes).await;
+        let stats = frames.push_frames(batch.range, batch.whole, &mut self.chunks);
+        self.zeros = stats.raw_pages == 0;
         match batch.urgency {
             Urgency::Window => self.send_window().await?,
-            Urgency::Rest => self.send_rest(bytes).await?,
+            // A long row of zeros gathers into one packet.
+            Urgency::Rest if self.zeros && self.chunks.len() < ZERO_FRAMES => {}
+            Urgency::Rest => self.send_rest().await?,
         }
         self.session
             .counters
             .pushed
             .fetch_add(batch.range.count, Ordering::Relaxed);
-        // Reading and comparing a long row of zeros must not keep the thread from what it sends.
-        tokio::task::yield_now().await;
+        self.reads += 1;
+        if self.reads.is_multiple_of(READS_IN_A_ROW) {
+            // Reading and comparing zeros never waits, and must not keep the thread from what it sends.
+            tokio::task::yield_now().await;
+        }
         Ok(true)
     }
 
     /// A window goes on a stream of its own, ahead of what is waiting to be sent.
     async fn send_window(&mut self) -> Result<(), PushError> {
+        self.wait_for_limit().await;
         let mut stream = self.connection.open_uni().await?;
         // Fails only for a stream that is closed; the write says so too. So does the finish.
         let _ = stream.set_priority(WINDOW_PRIORITY);
@@ -110,7 +132,12 @@ impl Pusher<'_> {
         Ok(())
     }
 
-    async fn send_rest(&mut self, bytes: usize) -> Result<(), PushError> {
+    /// Sends the frames that are gathered.
+    async fn send_rest(&mut self) -> Result<(), PushError> {
+        if self.chunks.is_empty() {
+            return Ok(());
+        }
+        let bytes = self.wait_for_limit().await;
         let (mut stream, taken) = match self.rest.take() {
             Some(rest) => rest,
             None => (self.connection.open_uni().await?, 0),
@@ -130,7 +157,9 @@ impl Pusher<'_> {
         }
     }
 
-    async fn wait_for_limit(&mut self, bytes: usize) {
+    /// Waits until the gathered frames may go; gives their bytes.
+    async fn wait_for_limit(&mut self) -> usize {
+        let bytes = self.chunks.iter().map(Bytes::len).sum();
         if let Some(limit) = &mut self.limit {
             let wait = limit.wait(Instant::now());
             if !wait.is_zero() {
@@ -138,6 +167,7 @@ impl Pusher<'_> {
             }
             limit.sent(bytes as u64);
         }
+        bytes
     }
 }
 

@@ -1,5 +1,6 @@
 //! From pages to frames: reads a machine's memory, leaves zeros out, and puts headers ahead of what is left.
 
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -11,8 +12,11 @@ use crate::port::SourceMemory;
 /// Most pages that are read at a time for the push: 128 KiB, which a core's cache still holds when they are encrypted.
 pub(crate) const READ_PAGES_MAX: u64 = 32;
 
-/// Buffers that are kept for the next read.
-const POOL_MAX: usize = 128;
+/// Most pages that are read at a time where zeros are expected, which nothing else is done with: 1 MiB.
+pub(crate) const ZERO_READ_PAGES_MAX: u64 = 256;
+
+/// Buffers that are kept for the next read, in bytes.
+const POOL_BYTES_MAX: usize = 16 << 20;
 
 /// Reads pages as frames.
 pub(crate) struct FrameReader {
@@ -39,7 +43,7 @@ impl FrameReader {
         }
     }
 
-    /// Appends the frames of `range`, of at most [`READ_PAGES_MAX`] pages, or a huge page `whole`, to `out`.
+    /// Appends the frames of `range`, of at most [`ZERO_READ_PAGES_MAX`] pages, or a huge page `whole`, to `out`.
     pub fn push_frames(&self, range: PageRange, whole: bool, out: &mut Vec<Bytes>) -> FrameStats {
         let mut stats = FrameStats::default();
         let mut buffer = Pool::take(&self.pool, range.bytes() as usize);
@@ -93,29 +97,32 @@ impl FrameReader {
     /// Appends the digests of `range`, of at most [`FRAME_PAGES_MAX`] pages, to `out`.
     pub fn digest_frames(&self, range: PageRange, out: &mut Vec<Bytes>) {
         debug_assert!(range.count <= FRAME_PAGES_MAX);
-        let mut buffer = Pool::take(&self.pool, range.bytes() as usize);
-        match self.memory.read(range, &mut buffer.bytes) {
-            Ok(()) => {
-                let digests: Vec<u64> = buffer
-                    .bytes
-                    .chunks_exact(PAGE_SIZE)
-                    .map(page_digest)
-                    .collect();
-                if digests.iter().all(|&digest| digest == zero_digest()) {
-                    out.push(header(range, FrameKind::ZeroDigests));
-                } else {
-                    out.push(header(range, FrameKind::Digests));
-                    out.push(
-                        digests
-                            .iter()
-                            .flat_map(|digest| digest.to_le_bytes())
-                            .collect(),
-                    );
-                }
+        match self.digests(range) {
+            Ok(digests) if digests.iter().all(|&digest| digest == zero_digest()) => {
+                out.push(header(range, FrameKind::ZeroDigests));
+            }
+            Ok(digests) => {
+                out.push(header(range, FrameKind::Digests));
+                let bytes = digests.iter().flat_map(|digest| digest.to_le_bytes());
+                out.push(bytes.collect());
             }
             // The destination misses these digests, and says that it could not verify the pages.
             Err(error) => tracing::error!(%range, %error, "can't read memory of the machine"),
         }
+    }
+
+    /// In reads as small as the push's: larger buffers would end up in the pool and stay there.
+    fn digests(&self, range: PageRange) -> io::Result<Vec<u64>> {
+        let mut digests = Vec::with_capacity(range.count as usize);
+        let mut rest = range;
+        while !rest.is_empty() {
+            let part = PageRange::new(rest.first, rest.count.min(READ_PAGES_MAX));
+            let mut buffer = Pool::take(&self.pool, part.bytes() as usize);
+            self.memory.read(part, &mut buffer.bytes)?;
+            digests.extend(buffer.bytes.chunks_exact(PAGE_SIZE).map(page_digest));
+            rest = PageRange::new(part.end(), rest.count - part.count);
+        }
+        Ok(digests)
     }
 }
 
@@ -136,7 +143,14 @@ fn next_run(payload: &[u8], first: PageIndex, rest: PageRange) -> Option<(PageRa
 
 /// Buffers to read into. A fresh one for each read would cost a page fault for each page of it.
 #[derive(Default)]
-struct Pool(Mutex<Vec<Vec<u8>>>);
+struct Pool(Mutex<Kept>);
+
+#[derive(Default)]
+struct Kept {
+    buffers: Vec<Vec<u8>>,
+    /// Of all of them together.
+    bytes: usize,
+}
 
 struct Buffer {
     bytes: Vec<u8>,
@@ -145,7 +159,7 @@ struct Buffer {
 
 impl Pool {
     fn take(pool: &Arc<Self>, len: usize) -> Buffer {
-        let mut bytes = pool.lock().pop().unwrap_or_default();
+        let mut bytes = pool.pop().unwrap_or_default();
         bytes.resize(len, 0);
         Buffer {
             bytes,
@@ -153,7 +167,14 @@ impl Pool {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u8>>> {
+    fn pop(&self) -> Option<Vec<u8>> {
+        let mut kept = self.lock();
+        let buffer = kept.buffers.pop()?;
+        kept.bytes -= buffer.capacity();
+        Some(buffer)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -167,16 +188,15 @@ impl AsRef<[u8]> for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let mut kept = self.pool.lock();
-        if kept.len() < POOL_MAX {
-            kept.push(std::mem::take(&mut self.bytes));
+        if kept.bytes + self.bytes.capacity() <= POOL_BYTES_MAX {
+            kept.bytes += self.bytes.capacity();
+            kept.buffers.push(std::mem::take(&mut self.bytes));
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use super::*;
 
     /// Pages whose number is in the list are zero; page 13 can't be read.
@@ -190,7 +210,7 @@ mod tests {
             for (page, bytes) in range.pages().zip(out.chunks_exact_mut(PAGE_SIZE)) {
                 bytes.fill(0);
                 if !self.0.contains(&page.0) {
-                    bytes[PAGE_SIZE - 1] = page.0 as u8 + 1;
+                    bytes[PAGE_SIZE - 1] = (page.0 as u8).wrapping_add(1);
                 }
             }
             Ok(())
@@ -256,8 +276,25 @@ mod tests {
         let reader = FrameReader::new(Arc::new(Memory(&[])));
         let mut out = Vec::new();
         reader.push_frames(PageRange::new(PageIndex(0), 8), false, &mut out);
-        assert_eq!(reader.pool.lock().len(), 0);
+        assert_eq!(reader.pool.lock().buffers.len(), 0);
         out.clear();
-        assert_eq!(reader.pool.lock().len(), 1);
+        assert_eq!(reader.pool.lock().buffers.len(), 1);
+    }
+
+    #[test]
+    fn digests_leave_no_larger_buffers_behind_than_the_push_needs() {
+        let reader = FrameReader::new(Arc::new(Memory(&[])));
+        let mut out = Vec::new();
+        for _ in 0..3 {
+            reader.push_frames(PageRange::new(PageIndex(0), 8), false, &mut out);
+            reader.digest_frames(PageRange::new(PageIndex(14), FRAME_PAGES_MAX), &mut out);
+        }
+        out.clear();
+        let kept = reader.pool.lock();
+        assert!(kept.bytes <= kept.buffers.len() * READ_PAGES_MAX as usize * PAGE_SIZE);
+        assert_eq!(
+            kept.bytes,
+            kept.buffers.iter().map(Vec::capacity).sum::<usize>()
+        );
     }
 }

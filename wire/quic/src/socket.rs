@@ -3,6 +3,8 @@
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::{RcvBufForce, SndBufForce};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::lane::LANE_BIT;
@@ -55,11 +57,15 @@ fn unbound(address: SocketAddr) -> io::Result<Socket> {
 }
 
 fn enlarge_buffers(socket: &Socket) {
-    // Larger buffers only help; a system that refuses them still works.
-    for (name, result) in [
-        ("receive", socket.set_recv_buffer_size(SOCKET_BUFFER)),
-        ("send", socket.set_send_buffer_size(SOCKET_BUFFER)),
-    ] {
+    // Who may exceed the system's limits does, others get what they allow. Larger buffers only help; a system that
+    // refuses them still works.
+    let receive = setsockopt(socket, RcvBufForce, &SOCKET_BUFFER)
+        .map_err(io::Error::from)
+        .or_else(|_| socket.set_recv_buffer_size(SOCKET_BUFFER));
+    let send = setsockopt(socket, SndBufForce, &SOCKET_BUFFER)
+        .map_err(io::Error::from)
+        .or_else(|_| socket.set_send_buffer_size(SOCKET_BUFFER));
+    for (name, result) in [("receive", receive), ("send", send)] {
         if let Err(error) = result {
             tracing::debug!(%error, "socket keeps its {name} buffer");
         }

@@ -19,21 +19,30 @@ struct SchedAttr {
     period: u64,
 }
 
-const SCHED_OTHER: u32 = 0;
-
 /// The size that the kernel calls `SCHED_ATTR_SIZE_VER0`.
 const _: () = assert!(size_of::<SchedAttr>() == 48);
 
-/// Sets the calling thread's nice value and, from Linux 6.12 on, the length of its time slice in nanoseconds. Earlier
-/// kernels leave the slice as it is.
-pub(crate) fn schedule_this_thread(nice: i32, slice_ns: u64) -> io::Result<()> {
+/// How a thread is scheduled. Threads that it starts are scheduled as any other.
+pub(crate) enum Schedule {
+    /// Ahead of all that is not real-time, with the lowest real-time priority.
+    RealTime,
+    /// With a nice value and, from Linux 6.12 on, time slices of so many nanoseconds.
+    Fair { nice: i32, slice_ns: u64 },
+}
+
+/// Changes how the calling thread is scheduled.
+pub(crate) fn schedule_this_thread(schedule: &Schedule) -> io::Result<()> {
+    let (policy, nice, priority, runtime) = match *schedule {
+        Schedule::RealTime => (libc::SCHED_RR, 0, 1, 0),
+        Schedule::Fair { nice, slice_ns } => (libc::SCHED_OTHER, nice, 0, slice_ns),
+    };
     let attr = SchedAttr {
         size: size_of::<SchedAttr>() as u32,
-        policy: SCHED_OTHER,
-        flags: 0,
+        policy: policy as u32,
+        flags: libc::SCHED_FLAG_RESET_ON_FORK as u64,
         nice,
-        priority: 0,
-        runtime: slice_ns,
+        priority,
+        runtime,
         deadline: 0,
         period: 0,
     };
