@@ -1,13 +1,20 @@
 //! `lazyvm bench`.
 
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
+use lazyvm_benches::fault::FaultConfig;
+use lazyvm_benches::link::Link;
+use lazyvm_benches::push::PushConfig;
+use serde::Serialize;
+use serde_json::Value;
 
 use crate::exit::{Exit, Problem};
 use crate::serve::Mode;
-use crate::units;
+use crate::{files, units};
 
 /// Which benchmark.
 #[derive(Args)]
@@ -24,6 +31,9 @@ enum Bench {
     Push(PushArgs),
     /// How long a guest freezes in a move over a long path (not in this release)
     Wan(WanArgs),
+    /// The source's process of a run, which a run starts by itself
+    #[command(hide = true)]
+    Source,
 }
 
 /// Where the figures go.
@@ -32,7 +42,7 @@ pub struct OutputArgs {
     /// Write the figures as one JSON object to FILE; - is standard output
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Write them as a page for a browser (not in this release)
+    /// Write them as a page for a browser to FILE
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
 }
@@ -130,7 +140,7 @@ pub enum Content {
     Random,
     /// Nothing but zeros, in memory that was written to
     Zero,
-    /// Random, zero and repetitive pages
+    /// Random and zero pages, 64 of each in turn
     Mixed,
 }
 
@@ -158,13 +168,106 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<Exit> {
         Bench::Fault(args) => fault(args),
         Bench::Push(args) => push(args),
         Bench::Wan(_) => Err(Problem::not_in_this_release("bench wan").into()),
+        Bench::Source => {
+            lazyvm_benches::source::run()?;
+            Ok(Exit::Done)
+        }
     }
 }
 
-fn fault(_: &FaultArgs) -> anyhow::Result<Exit> {
-    Err(Problem::not_in_this_release("bench fault").into())
+fn fault(args: &FaultArgs) -> anyhow::Result<Exit> {
+    let report = lazyvm_benches::fault::run(FaultConfig {
+        bytes: args.size,
+        faults: args.faults,
+        link: Link {
+            rtt: args.path.rtt,
+            rate_bit_s: args.path.rate,
+            loss: args.path.loss,
+        },
+        push: args.push == OnOff::On,
+    })?;
+    args.output.write("bench fault", &report)
 }
 
-fn push(_: &PushArgs) -> anyhow::Result<Exit> {
-    Err(Problem::not_in_this_release("bench push").into())
+fn push(args: &PushArgs) -> anyhow::Result<Exit> {
+    let report = lazyvm_benches::push::run(PushConfig {
+        bytes: args.size,
+        content: match args.content {
+            Content::Random => lazyvm_benches::Content::Random,
+            Content::Zero => lazyvm_benches::Content::Zero,
+            Content::Mixed => lazyvm_benches::Content::Mixed,
+        },
+    })?;
+    args.output.write("bench push", &report)
+}
+
+impl OutputArgs {
+    /// Writes the figures where they are wanted; as a table on standard output, unless JSON goes there.
+    fn write(&self, title: &str, report: &impl Serialize) -> anyhow::Result<Exit> {
+        let figures = serde_json::to_value(report)?;
+        let json = format!("{figures:#}\n");
+        match &self.json {
+            Some(path) if path.as_os_str() == "-" => {
+                std::io::stdout().write_all(json.as_bytes())?
+            }
+            Some(path) => write(path, &json)?,
+            None => {}
+        }
+        if self
+            .json
+            .as_deref()
+            .is_none_or(|path| path.as_os_str() != "-")
+        {
+            let rows: String = rows(&figures)
+                .iter()
+                .map(|(name, value)| format!("{name:24} {value}\n"))
+                .collect();
+            std::io::stdout().write_all(rows.as_bytes())?;
+        }
+        if let Some(path) = &self.html {
+            write(path, &page(title, &figures))?;
+        }
+        Ok(Exit::Done)
+    }
+}
+
+fn write(path: &Path, text: &str) -> anyhow::Result<()> {
+    files::replace(path, text.as_bytes(), files::SHARED)
+        .with_context(|| format!("can't write {}", path.display()))
+}
+
+/// Name and value of each figure, percentiles on one line.
+fn rows(figures: &Value) -> Vec<(String, String)> {
+    let text = |value: &Value| match value {
+        Value::Number(number) => match number.as_f64() {
+            Some(float) if number.is_f64() => format!("{float:.1}"),
+            _ => number.to_string(),
+        },
+        other => other.to_string(),
+    };
+    let figures = figures.as_object().into_iter().flatten();
+    let row = |(name, value): (&String, &Value)| {
+        let value = match value {
+            Value::Object(parts) => parts
+                .iter()
+                .map(|(part, value)| format!("{part} {}  ", text(value)))
+                .collect(),
+            other => text(other),
+        };
+        (name.clone(), value)
+    };
+    figures.map(row).collect()
+}
+
+/// A page that needs nothing else. Names and values are this program's own.
+fn page(title: &str, figures: &Value) -> String {
+    let rows: String = rows(figures)
+        .iter()
+        .map(|(name, value)| format!("<tr><th>{name}</th><td>{value}</td></tr>\n"))
+        .collect();
+    format!(
+        "<!doctype html>\n<meta charset=\"utf-8\">\n<title>lazyvm {title}</title>\n\
+         <style>body{{font:16px sans-serif;margin:2em}}th{{text-align:left;padding-right:2em}}td{{white-space:pre}}</style>\n\
+         <h1>lazyvm {title}</h1>\n<table>\n{rows}</table>\n"
+    )
 }

@@ -20,8 +20,8 @@ use crate::bare::{self, Flavour};
 use crate::error::BenchError;
 use crate::image::{self, Content};
 
-/// The word behind the executable's name that has to lead to [`run`].
-pub const COMMAND: &str = "bench-source";
+/// The words behind the executable's name that have to lead to [`run`].
+pub const COMMAND: [&str; 2] = ["bench", "source"];
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -100,7 +100,7 @@ impl Source {
     pub fn start() -> Result<Self, BenchError> {
         let start = || {
             let mut child = Command::new(std::env::current_exe()?)
-                .arg(COMMAND)
+                .args(COMMAND)
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()?;
