@@ -9,7 +9,7 @@ use lazyvm_wire::frame::{FRAME_PAGES_MAX, FrameKind};
 use lazyvm_wire::{PageIndex, PageMap, PageRange};
 use quinn::{Connection, ConnectionError, SendStream, WriteError};
 
-use crate::frames::{READ_PAGES_MAX, ZERO_READ_PAGES_MAX, header};
+use crate::frames::{READ_PAGES_MAX, header};
 use crate::handover::Phase;
 use crate::rate::RateLimit;
 use crate::scheduler::Urgency;
@@ -23,7 +23,7 @@ const STREAM_BYTES: usize = 8 << 20;
 const ZERO_FRAMES: usize = 48;
 
 /// Reads without a look at anything else.
-const READS_IN_A_ROW: u64 = 4;
+const READS_IN_A_ROW: u64 = 8;
 
 /// Priority of a window's stream; the others' are 0 and, for digests, less.
 const WINDOW_PRIORITY: i32 = 1;
@@ -53,7 +53,6 @@ pub(crate) async fn push(session: &Arc<Session>, connection: &Connection) -> Res
         rest: None,
         chunks: Vec::new(),
         reads: 0,
-        zeros: false,
     };
     loop {
         let woken = session.push_wake.notified();
@@ -83,29 +82,21 @@ struct Pusher<'a> {
     /// Frames that are to go.
     chunks: Vec<Bytes>,
     reads: u64,
-    /// The last read brought nothing but zeros.
-    zeros: bool,
 }
 
 impl Pusher<'_> {
     /// Pushes what goes next; `false` when there is nothing.
     async fn push_next(&mut self) -> Result<bool, PushError> {
-        let pages_max = if self.zeros {
-            ZERO_READ_PAGES_MAX
-        } else {
-            READ_PAGES_MAX
-        };
-        let Some(batch) = self.session.next_batch(pages_max) else {
+        let Some(batch) = self.session.next_batch(READ_PAGES_MAX) else {
             self.send_rest().await?;
             return Ok(false);
         };
         let frames = &self.session.frames;
         let stats = frames.push_frames(batch.range, batch.whole, &mut self.chunks);
-        self.zeros = stats.raw_pages == 0;
         match batch.urgency {
             Urgency::Window => self.send_window().await?,
             // A long row of zeros gathers into one packet.
-            Urgency::Rest if self.zeros && self.chunks.len() < ZERO_FRAMES => {}
+            Urgency::Rest if stats.raw_pages == 0 && self.chunks.len() < ZERO_FRAMES => {}
             Urgency::Rest => self.send_rest().await?,
         }
         self.session

@@ -12,9 +12,6 @@ use crate::port::SourceMemory;
 /// Most pages that are read at a time for the push: 128 KiB, which a core's cache still holds when they are encrypted.
 pub(crate) const READ_PAGES_MAX: u64 = 32;
 
-/// Most pages that are read at a time where zeros are expected, which nothing else is done with: 1 MiB.
-pub(crate) const ZERO_READ_PAGES_MAX: u64 = 256;
-
 /// Buffers that are kept for the next read, in bytes.
 const POOL_BYTES_MAX: usize = 16 << 20;
 
@@ -43,7 +40,7 @@ impl FrameReader {
         }
     }
 
-    /// Appends the frames of `range`, of at most [`ZERO_READ_PAGES_MAX`] pages, or a huge page `whole`, to `out`.
+    /// Appends the frames of `range`, of at most [`READ_PAGES_MAX`] pages, or a huge page `whole`, to `out`.
     pub fn push_frames(&self, range: PageRange, whole: bool, out: &mut Vec<Bytes>) -> FrameStats {
         let mut stats = FrameStats::default();
         let mut buffer = Pool::take(&self.pool, range.bytes() as usize);
