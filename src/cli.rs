@@ -63,7 +63,8 @@ mod tests {
     fn every_documented_line_is_understood() {
         for line in [
             "run --control s",
-            "run --kernel k --initrd i --cmdline c --payload touch --memory 512M --cpus 1 --serial stdio --control s",
+            "run --kernel k --initrd i --cmdline c --memory 512M --cpus 1 --serial stdio --control s",
+            "run --payload touch --memory 512M --cpus 1 --serial f --control s",
             "serve --vm s",
             "serve --qemu s",
             "serve --firecracker s",

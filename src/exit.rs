@@ -3,9 +3,11 @@
 use std::error::Error;
 use std::process::ExitCode;
 
+use lazyvm_pager::uffd::RegisterError;
 use lazyvm_pager::{ConnectError, PagerError};
 use lazyvm_server::{RecordError, ServerError};
 use lazyvm_vmm_glue::kvm::machine::AssembleError;
+use lazyvm_vmm_glue::kvm::source::RemoteError;
 use lazyvm_vmm_glue::kvm::{
     CompatibilityError, ControlError, HardwareError, LoadError, MemoryError,
 };
@@ -135,6 +137,7 @@ fn of_one(error: &(dyn Error + 'static)) -> Option<Exit> {
         .or_else(|| error.downcast_ref().map(of_lazy_memory))
         .or_else(|| error.downcast_ref().and_then(of_assembly))
         .or_else(|| error.downcast_ref().and_then(of_control))
+        .or_else(|| error.downcast_ref().and_then(of_remote))
         .or_else(|| error.is::<CompatibilityError>().then_some(Exit::Refused))
         .or_else(|| (error.is::<LoadError>() || error.is::<TicketError>()).then_some(Exit::Usage))
 }
@@ -144,6 +147,7 @@ fn of_pager(error: &PagerError) -> Option<Exit> {
         PagerError::Refused(_) => Exit::Refused,
         PagerError::SourceLost => Exit::NotMoved,
         PagerError::SourceLostAtHandover => Exit::BrokenOff,
+        PagerError::Register(RegisterError::Memory(error)) => of_lazy_memory(error),
         PagerError::Open(_) | PagerError::Register(_) | PagerError::Thread(_) => Exit::Environment,
         PagerError::Shared(error) => of(error.as_ref()),
         PagerError::Connect(_) | PagerError::Memory(_) | PagerError::Trust(_) => return None,
@@ -216,6 +220,14 @@ fn of_control(error: &ControlError) -> Option<Exit> {
         ControlError::NotThere { .. } | ControlError::Permission { .. }
     )
     .then_some(Exit::Environment)
+}
+
+/// An error that shows itself as its cause has only that one's causes.
+fn of_remote(error: &RemoteError) -> Option<Exit> {
+    match error {
+        RemoteError::Control(error) => of_control(error),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 mod addresses;
 mod bench;
 mod cli;
+mod events;
 mod exit;
 mod files;
 mod log;

@@ -3,26 +3,24 @@
 mod machine;
 
 use std::ffi::OsString;
+use std::mem::ManuallyDrop;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use lazyvm_pager::{Filling, InstallMode, Options, PagerError, Report};
-use lazyvm_vmm_glue::kvm::{
-    ArrivingMachine, Destination, DestinationConfig, ExitReason, SerialTarget,
-};
+use lazyvm_vmm_glue::kvm::{Destination, DestinationConfig, SerialTarget};
 use lazyvm_wire::Ticket;
-use nix::sys::signal::Signal;
 
+use crate::events::{Event, Events};
 use crate::exit::{Exit, Problem};
 use crate::metrics::StatusPage;
 use crate::progress::Meter;
-use crate::run::{ended, serial_target};
+use crate::run::serial_target;
 use crate::signals::Signals;
 use crate::{files, ticket};
 use machine::{Cancel, Cancellable};
@@ -91,15 +89,7 @@ impl From<Install> for InstallMode {
     }
 }
 
-/// What the command waits for.
-enum Event {
-    Signal(Signal),
-    /// The machine runs here, or does not.
-    Resumed(Box<Resumed>),
-    Ended(ExitReason),
-}
-
-/// How the hand-over went.
+/// How the hand-over went: the machine runs here, or does not.
 struct Resumed {
     result: Result<Filling, PagerError>,
     /// Of the machine's own failure, which the pager knows in words only.
@@ -132,36 +122,33 @@ pub fn resume(args: &ResumeArgs) -> anyhow::Result<Exit> {
         control: home.control.clone(),
         install: args.install.into(),
     });
-    let machine = destination.machine();
-    let (events, inbox) = channel();
-    let to_inbox = events.clone();
-    signals
-        .tell(move |signal| drop(to_inbox.send(Event::Signal(signal))))
-        .context("can't handle signals")?;
+    // A vCPU may wait for a page that does not come, so the machine is taken apart in good order only where all is here.
+    let machine = ManuallyDrop::new(destination.machine());
+    let events = Events::of(signals)?;
     let cancel = Cancel::default();
     let taking = Cancellable::new(destination, cancel.clone());
-    take_over(
-        ticket,
-        Options {
-            verify: args.verify,
-            removals: false,
-        },
-        taking,
-        events.clone(),
-    )?;
-    let filling = wait_for_start(&inbox, &cancel)?;
+    let options = Options {
+        verify: args.verify,
+        removals: false,
+    };
+    take_over(ticket, options, taking, events.sender())?;
+    let filling = wait_for_start(&events, &cancel)?;
     tracing::info!(control = %home.control.display(), "the VM runs here; its memory arrives");
-    let report = fill(args, filling, &inbox, page.as_ref())?;
-    let verified = check(&report);
+    let report = fill(args, filling, &events, page.as_ref())?;
+    let machine = ManuallyDrop::into_inner(machine);
     if let Some(machine) = machine.get() {
         machine.set_memory_complete();
     }
-    if args.stay {
-        stay(machine, events, &inbox)?;
-    } else {
-        tracing::warn!("the VM ends here with this command; --stay keeps it");
+    write_report(args, &report)?;
+    tell(&report);
+    let verified = check(&report);
+    match machine.get().filter(|_| args.stay) {
+        Some(machine) => events.until_end_of(machine).and(verified),
+        None => {
+            tracing::warn!("the VM ends here with this command; --stay keeps it");
+            verified
+        }
     }
-    verified
 }
 
 /// The control socket, and the directory that was made for it.
@@ -194,7 +181,7 @@ fn take_over(
     ticket: Ticket,
     options: Options,
     mut machine: Cancellable,
-    events: Sender<Event>,
+    events: Sender<Event<Resumed>>,
 ) -> anyhow::Result<()> {
     thread::Builder::new()
         .name("resume".to_owned())
@@ -208,32 +195,26 @@ fn take_over(
                 );
                 lazyvm_pager::resume(offer, &mut machine)
             });
-            let resumed = Resumed {
-                result,
-                exit: machine.exit(),
-            };
-            drop(events.send(Event::Resumed(Box::new(resumed))));
+            let exit = machine.exit();
+            // From here on the command alone holds it.
+            drop(machine);
+            drop(events.send(Event::Own(Resumed { result, exit })));
         })
         .context("can't start a thread")?;
     Ok(())
 }
 
 /// Waits until the machine runs here. A signal stops that in good order, so that it runs on at the source.
-fn wait_for_start(inbox: &Receiver<Event>, cancel: &Cancel) -> anyhow::Result<Filling> {
+fn wait_for_start(events: &Events<Resumed>, cancel: &Cancel) -> anyhow::Result<Filling> {
     let mut asked = false;
     loop {
-        match inbox
-            .recv()
-            .context("the thread that takes the VM over ended early")?
-        {
-            Event::Resumed(resumed) => {
-                return resumed.result.map_err(|error| match (resumed.exit, error) {
-                    (Some(exit), PagerError::Refused(reason)) => Problem::new(
-                        exit,
-                        format!("the VM can't be run here: {reason}. It runs on at the source"),
-                    )
-                    .into(),
-                    (_, error) => error.into(),
+        match events.next()? {
+            Event::Own(resumed) => {
+                return resumed.result.map_err(|error| match resumed.exit {
+                    Some(exit) => {
+                        Problem::new(exit, format!("{error}. It runs on at the source")).into()
+                    }
+                    None => error.into(),
                 });
             }
             Event::Signal(signal) if !cancel.cancel() => {
@@ -254,11 +235,11 @@ fn wait_for_start(inbox: &Receiver<Event>, cancel: &Cancel) -> anyhow::Result<Fi
     }
 }
 
-/// Waits until all memory is here, and reports.
+/// Waits until all memory is here.
 fn fill(
     args: &ResumeArgs,
     filling: Filling,
-    inbox: &Receiver<Event>,
+    events: &Events<Resumed>,
     page: Option<&StatusPage>,
 ) -> anyhow::Result<Report> {
     let mut meter = Meter::new();
@@ -276,8 +257,8 @@ fn fill(
         if progress.done {
             break;
         }
-        match inbox.recv_timeout(PROGRESS_EVERY) {
-            Ok(Event::Signal(_)) if warned => {
+        match events.next_within(PROGRESS_EVERY) {
+            Some(Event::Signal(_)) if warned => {
                 write_report(args, &filling.report())?;
                 let text = format!(
                     "ended by a signal when {} of {} pages had arrived; the VM has ended with it",
@@ -285,7 +266,7 @@ fn fill(
                 );
                 return Err(Problem::new(Exit::BrokenOff, text).into());
             }
-            Ok(Event::Signal(signal)) => {
+            Some(Event::Signal(signal)) => {
                 warned = true;
                 tracing::warn!(
                     %signal,
@@ -294,25 +275,11 @@ fn fill(
                     progress.pages_total
                 );
             }
-            Ok(_) | Err(RecvTimeoutError::Timeout) => {}
-            // The sender of signals is gone; time still goes by.
-            Err(RecvTimeoutError::Disconnected) => thread::sleep(PROGRESS_EVERY),
+            Some(Event::Ended(_) | Event::Own(_)) | None => {}
         }
     }
     drop(meter);
-    let report = filling.wait()?;
-    tracing::info!(
-        downtime_us = report.downtime_us,
-        faults = report.faults,
-        fault_us_p50 = report.fault_us.p50,
-        pages_demand = report.pages_demand,
-        pages_pushed = report.pages_pushed,
-        complete_at_us = report.complete_at_us,
-        verified = report.verified,
-        "all memory is here, and the source has let go"
-    );
-    write_report(args, &report)?;
-    Ok(report)
+    Ok(filling.wait()?)
 }
 
 fn write_report(args: &ResumeArgs, report: &Report) -> anyhow::Result<()> {
@@ -325,47 +292,25 @@ fn write_report(args: &ResumeArgs, report: &Report) -> anyhow::Result<()> {
         .with_context(|| format!("can't write the report to {}", path.display()))
 }
 
+fn tell(report: &Report) {
+    tracing::info!(
+        downtime_us = report.downtime_us,
+        faults = report.faults,
+        fault_us_p50 = report.fault_us.p50,
+        pages_demand = report.pages_demand,
+        pages_pushed = report.pages_pushed,
+        complete_at_us = report.complete_at_us,
+        verified = report.verified,
+        "all memory is here, and the source has let go"
+    );
+}
+
 /// What the comparison of every page means for this command.
 fn check(report: &Report) -> anyhow::Result<Exit> {
     if report.verified == Some(false) {
         let text = "pages differ from the source's: this VM's memory is damaged, don't trust it";
+        tracing::error!("{text}");
         return Err(Problem::new(Exit::Integrity, text).into());
     }
     Ok(Exit::Done)
-}
-
-/// Waits until the VM ends, here or because it was moved on. A signal ends it.
-fn stay(
-    machine: ArrivingMachine,
-    events: Sender<Event>,
-    inbox: &Receiver<Event>,
-) -> anyhow::Result<()> {
-    let machine = Arc::new(machine);
-    let waiting = Arc::clone(&machine);
-    thread::Builder::new()
-        .name("machine-end".to_owned())
-        .spawn(move || {
-            if let Some(machine) = waiting.get() {
-                drop(events.send(Event::Ended(machine.wait())));
-            }
-        })
-        .context("can't start a thread")?;
-    loop {
-        match inbox
-            .recv()
-            .context("the thread that waits for the VM ended early")?
-        {
-            Event::Ended(reason) => {
-                tracing::info!(%reason, "the VM has ended here");
-                return ended(&reason).map(|_| ());
-            }
-            Event::Signal(signal) => {
-                tracing::info!(%signal, "ending the VM");
-                if let Some(machine) = machine.get() {
-                    machine.quit();
-                }
-            }
-            Event::Resumed(_) => {}
-        }
-    }
 }

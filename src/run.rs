@@ -1,16 +1,15 @@
 //! `lazyvm run`: a VM in the built-in monitor, until it ends.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use lazyvm_vmm_glue::kvm::{
-    ExitReason, Machine, MachineConfig, Payload, SerialTarget, TouchConfig,
-};
+use lazyvm_vmm_glue::kvm::{Machine, MachineConfig, Payload, SerialTarget, TouchConfig};
 use lazyvm_wire::Backing;
 
-use crate::exit::{Exit, Problem};
+use crate::events::Events;
+use crate::exit::Exit;
 use crate::signals::Signals;
 use crate::units;
 
@@ -121,22 +120,7 @@ impl RunArgs {
 /// Runs the VM until it ends, here or because it was moved away. A signal ends it.
 pub fn run(args: &RunArgs) -> anyhow::Result<Exit> {
     let signals = Signals::hold().context("can't handle signals")?;
-    let machine = Arc::new(Machine::boot(&args.machine()).context("can't run the VM")?);
+    let machine = Machine::boot(&args.machine()).context("can't run the VM")?;
     tracing::info!(control = %args.control.display(), "the VM runs");
-    let to_end = Arc::clone(&machine);
-    signals
-        .tell(move |signal| {
-            tracing::info!(%signal, "ending the VM");
-            to_end.quit();
-        })
-        .context("can't handle signals")?;
-    ended(&machine.wait())
-}
-
-/// What the end of a VM means for the command that ran it.
-pub fn ended(reason: &ExitReason) -> anyhow::Result<Exit> {
-    if !reason.is_orderly() {
-        return Err(Problem::new(Exit::Failed, format!("the VM ended: {reason}")).into());
-    }
-    Ok(Exit::Done)
+    Events::<Infallible>::of(signals)?.until_end_of(&machine)
 }

@@ -34,17 +34,20 @@ pub fn read(argument: &str) -> anyhow::Result<Ticket> {
     Ok(Ticket::parse(&text)?)
 }
 
-/// The first line; a pipe may stay open behind it.
-fn from(reader: impl Read) -> io::Result<Zeroizing<String>> {
-    let mut text = Zeroizing::new(String::with_capacity(TICKET_TEXT_MAX));
-    // One byte at a time takes nothing that is not the ticket's, and needs no buffer that would have to be wiped.
-    for byte in reader.take(TICKET_TEXT_MAX as u64).bytes() {
-        match byte? {
-            b'\n' if !text.trim().is_empty() => break,
-            byte => text.push(char::from(byte)),
+/// The first line that is not empty; a pipe may stay open behind it.
+fn from(mut reader: impl Read) -> io::Result<Zeroizing<String>> {
+    let mut bytes = Zeroizing::new(vec![0; TICKET_TEXT_MAX]);
+    let mut length = 0;
+    loop {
+        let count = reader.read(&mut bytes[length..])?;
+        length += count;
+        let text = bytes[..length].trim_ascii_start();
+        let end = text.iter().position(|&byte| byte == b'\n');
+        if count == 0 || end.is_some() {
+            let line = &text[..end.unwrap_or(text.len())];
+            return Ok(Zeroizing::new(String::from_utf8_lossy(line).into_owned()));
         }
     }
-    Ok(text)
 }
 
 /// Writes the ticket alone on standard output, and to a file for its owner alone.
@@ -75,7 +78,7 @@ mod tests {
 
     #[test]
     fn the_first_line_that_is_not_empty_is_read() {
-        assert_eq!(*from(&b"\n one \ntwo\n"[..]).unwrap(), "\n one ");
+        assert_eq!(*from(&b"\n one \ntwo\n"[..]).unwrap(), "one ");
         assert_eq!(*from(&b"one"[..]).unwrap(), "one");
         let long = vec![b'x'; 2 * TICKET_TEXT_MAX];
         assert_eq!(from(&long[..]).unwrap().len(), TICKET_TEXT_MAX);

@@ -89,7 +89,8 @@ impl DestinationMachine for Cancellable {
         let result = self
             .cancel
             .begin()
-            .and_then(|()| self.machine.prepare(layout, offer));
+            .and_then(|()| self.machine.prepare(layout, offer))
+            .and_then(|memory| self.cancel.check().map(|()| memory));
         self.note(result)
     }
 

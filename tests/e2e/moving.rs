@@ -1,0 +1,185 @@
+//! A machine is moved: nothing is lost, and it costs little memory.
+
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use crate::common::{Footprint, Home, Program, can_move};
+
+/// Large machines take turns, so that the host's memory is enough for them.
+static LARGE: Mutex<()> = Mutex::new(());
+
+/// The report's keys, exactly as documented.
+const KEYS: [&str; 18] = [
+    "session",
+    "mode",
+    "memory_bytes",
+    "pages_total",
+    "pages_zero",
+    "pages_precopied",
+    "pages_demand",
+    "pages_pushed",
+    "bytes_wire",
+    "downtime_us",
+    "switchover_bytes",
+    "faults",
+    "fault_us",
+    "blocktime_us_total",
+    "resumed_at_us",
+    "complete_at_us",
+    "reconnects",
+    "verified",
+];
+
+#[test]
+fn a_small_machine_moves_and_goes_on_where_it_was() {
+    if !can_move("a_small_machine_moves_and_goes_on_where_it_was") {
+        return;
+    }
+    let home = Home::new();
+    let mut run = home.run("a", "32M", &[]);
+    home.wait_ticks("a", 5);
+    let (mut serve, ticket) = home.serve("serve", "a", &[]);
+    let mut resume = home.resume("b", &ticket, &["--verify", "--stay"]);
+    serve.ends_with(0);
+    run.ends_with(0);
+    home.wait_ticks("b", 20);
+    let report = home.report("b");
+    resume.signal(nix::sys::signal::Signal::SIGTERM);
+    resume.ends_with(0);
+    home.assert_unbroken(&["a", "b"]);
+    assert!(
+        !home.path("a").exists() && !home.path("b").exists(),
+        "the sockets are gone with the machines"
+    );
+
+    let object = report.as_object().unwrap();
+    assert_eq!(
+        object.keys().map(String::as_str).collect::<BTreeSet<_>>(),
+        BTreeSet::from(KEYS)
+    );
+    let percentiles = report["fault_us"].as_object().unwrap();
+    assert_eq!(
+        percentiles.keys().collect::<Vec<_>>(),
+        ["max", "p50", "p90", "p99"]
+    );
+    let number = |key: &str| report[key].as_u64().unwrap();
+    assert_eq!(
+        (&report["verified"], &report["mode"]),
+        (&true.into(), &"postcopy".into())
+    );
+    assert_eq!(
+        (
+            number("memory_bytes"),
+            number("pages_total"),
+            number("reconnects")
+        ),
+        (32 << 20, 8192, 0)
+    );
+    assert_eq!(
+        number("pages_zero")
+            + number("pages_demand")
+            + number("pages_pushed")
+            + number("pages_precopied"),
+        8192
+    );
+    assert!(number("downtime_us") > 0 && number("downtime_us") <= number("complete_at_us"));
+    assert!(number("resumed_at_us") <= number("complete_at_us"));
+    assert!(number("bytes_wire") > (number("pages_demand") + number("pages_pushed")) * 4096);
+}
+
+#[test]
+fn without_stay_the_machine_ends_with_the_command_which_says_so() {
+    if !can_move("without_stay_the_machine_ends_with_the_command_which_says_so") {
+        return;
+    }
+    let home = Home::new();
+    let mut run = home.run("a", "16M", &[]);
+    let (mut serve, ticket) = home.serve("serve", "a", &[]);
+    let log = home.resume("b", &ticket, &[]).ends_with(0);
+    assert!(log.contains("--stay keeps it"), "{log}");
+    serve.ends_with(0);
+    run.ends_with(0);
+    assert_eq!(home.report("b")["verified"], serde_json::Value::Null);
+}
+
+/// Moves a machine of `memory` bytes, of which `fill` are filled, and compares every page.
+fn move_and_verify(memory: u64, fill: u64, install: &str) {
+    let home = Home::new();
+    let mut run = home.run("a", &memory.to_string(), &["--fill", &fill.to_string()]);
+    home.wait_ticks("a", 5);
+    let (mut serve, ticket) = home.serve("serve", "a", &[]);
+    let mut resume = home.resume("b", &ticket, &["--verify", "--stay", "--install", install]);
+    let (mut peak_serve, mut peak_resume) = (Footprint::default(), Footprint::default());
+    while serve.is_running() && resume.is_running() {
+        peak_serve = peak_serve.peak(serve.footprint());
+        peak_resume = peak_resume.peak(resume.footprint());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    serve.ends_with(0);
+    run.ends_with(0);
+    home.wait_ticks("b", 5);
+    home.assert_unbroken(&["a", "b"]);
+    let report = home.report("b");
+    assert_eq!(report["verified"], true, "{report}");
+    let moved = report["pages_demand"].as_u64().unwrap() + report["pages_pushed"].as_u64().unwrap();
+    assert!(moved * 4096 >= fill, "{report}");
+    assert!(
+        moved * 4096 < fill + (fill >> 8) + (8 << 20),
+        "zero pages are not sent: {report}"
+    );
+    assert_small(&serve, peak_serve, memory);
+    assert_small(&resume, peak_resume, memory);
+}
+
+/// That a program took at most 64 MiB and a thousandth of the guest's memory beyond that memory. Guest memory is
+/// shared memory of a memfd; all other resident memory counts, the program's own text and the allocator's reserves too.
+fn assert_small(program: &Program, peak: Footprint, memory: u64) {
+    let used = peak.anonymous_kib + peak.file_kib;
+    let bound = (64 << 10) + memory / 1000 / 1024;
+    println!(
+        "process {}: at most {used} KiB of {bound} KiB, and {} KiB of page tables; guest memory {} MiB",
+        program.pid(),
+        peak.page_table_kib,
+        memory >> 20,
+    );
+    assert!(used > 1024, "nothing was measured: {peak:?}");
+    assert!(used <= bound, "{peak:?} is more than {bound} KiB");
+}
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn every_page_of_64_mib_is_the_sources() {
+    if !can_move("every_page_of_64_mib_is_the_sources") {
+        return;
+    }
+    for install in ["missing", "minor"] {
+        move_and_verify(64 * MIB, 60 * MIB, install);
+        move_and_verify(64 * MIB, 2 * MIB, install);
+    }
+}
+
+#[test]
+fn every_page_of_1_gib_is_the_sources() {
+    if !can_move("every_page_of_1_gib_is_the_sources") {
+        return;
+    }
+    let _turn = LARGE.lock();
+    for install in ["missing", "minor"] {
+        move_and_verify(1024 * MIB, 1000 * MIB, install);
+        move_and_verify(1024 * MIB, 16 * MIB, install);
+    }
+}
+
+#[test]
+fn every_page_of_4_gib_is_the_sources_and_little_else_is_used() {
+    if !can_move("every_page_of_4_gib_is_the_sources_and_little_else_is_used") {
+        return;
+    }
+    let _turn = LARGE.lock();
+    for install in ["missing", "minor"] {
+        move_and_verify(4096 * MIB, 4000 * MIB, install);
+        move_and_verify(4096 * MIB, 64 * MIB, install);
+    }
+}

@@ -1,0 +1,41 @@
+//! One machine moved a hundred times.
+
+use nix::sys::signal::Signal;
+
+use crate::common::{Home, can_move};
+
+#[test]
+fn a_hundred_moves_in_a_row_lose_nothing_and_leave_nothing_behind() {
+    if !can_move("a_hundred_moves_in_a_row_lose_nothing_and_leave_nothing_behind") {
+        return;
+    }
+    let home = Home::new();
+    let mut running = home.run("vm0", "16M", &[]);
+    home.wait_ticks("vm0", 2);
+    let mut early = None;
+    for number in 1..=100 {
+        let (before, here) = (format!("vm{}", number - 1), format!("vm{number}"));
+        let install = ["missing", "minor"][number % 2];
+        let (mut serve, ticket) = home.serve(&format!("serve{number}"), &before, &[]);
+        let resume = home.resume(
+            &here,
+            &ticket,
+            &["--stay", "--verify", "--install", install],
+        );
+        serve.ends_with(0);
+        running.ends_with(0);
+        resume.wait_log("all memory is here");
+        running = resume;
+        home.wait_ticks(&here, 2);
+        assert_eq!(home.report(&here)["verified"], true, "move {number}");
+        match number {
+            10 => early = Some(running.footprint()),
+            100 => running.footprint().assert_not_grown_since(early.unwrap()),
+            _ => {}
+        }
+    }
+    running.signal(Signal::SIGINT);
+    running.ends_with(0);
+    let machines: Vec<_> = (0..=100).map(|number| format!("vm{number}")).collect();
+    home.assert_unbroken(&machines);
+}
