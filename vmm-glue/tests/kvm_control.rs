@@ -1,5 +1,9 @@
 //! The control socket, as other processes find it.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's helpers fail it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test's helpers fail it"
+)]
 
 mod common;
 

@@ -1,5 +1,9 @@
 //! How machines end, and why some never begin.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's helpers fail it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test's helpers fail it"
+)]
 
 mod common;
 

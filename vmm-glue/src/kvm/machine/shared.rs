@@ -140,7 +140,9 @@ impl Shared {
 
     /// Waits until the machine has stopped and no vCPU is in the guest.
     pub(in crate::kvm) fn wait(&self) -> ExitReason {
-        self.gate.wait_stopped()
+        let reason = self.gate.wait_stopped();
+        self.devices.console().flush();
+        reason
     }
 
     /// Waits for the vCPUs' threads of a machine that has stopped.

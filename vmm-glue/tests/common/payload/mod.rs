@@ -3,4 +3,4 @@
 mod sys;
 
 #[allow(unused_imports, reason = "each test file uses its own part of it")]
-pub use sys::{alphabet, clocks, halt, reset, triple_fault};
+pub use sys::{alphabet, boot_echo, clocks, halt, reset, triple_fault};

@@ -87,6 +87,33 @@ payload!(
 );
 
 payload!(
+    /// Says what the boot protocol of Linux told it, a line each: the command line, and the RAM disk as text. Then
+    /// resets.
+    boot_echo, test_boot_echo, test_boot_echo_end,
+    r#"
+    cld
+    mov rbx, rsi
+    mov edx, 0x3f8
+    mov esi, [rbx + 0x228]
+1:  lodsb
+    test al, al
+    jz 2f
+    out dx, al
+    jmp 1b
+2:  mov al, 10
+    out dx, al
+    mov esi, [rbx + 0x218]
+    mov ecx, [rbx + 0x21c]
+    rep outsb
+    mov al, 10
+    out dx, al
+    mov al, 0xfe
+    out 0x64, al
+3:  jmp 3b
+    "#
+);
+
+payload!(
     /// Counts interrupts: of the PIT (100 a second, by PIC line 0, vector 0x20) and of the local APIC's timer
     /// (periodic, vector 0x30). Halts in between. Says "p" at each 10th of the first, "a" at each 10th of the second.
     clocks, test_clocks, test_clocks_end,
