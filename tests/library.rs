@@ -63,7 +63,9 @@ fn serve(file: File) -> Source {
 
 fn add(server: &Server, file: File) -> SessionHandle {
     server
-        .add_session(SessionConfig::new(Arc::new(PlainMachine::new(file).unwrap())))
+        .add_session(SessionConfig::new(Arc::new(
+            PlainMachine::new(file).unwrap(),
+        )))
         .unwrap()
 }
 

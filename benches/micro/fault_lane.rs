@@ -7,7 +7,9 @@
 //! a round is served 64 times as fast as the last by any lane, so this has a p99 of about 2 × the p50 even where the
 //! order is fair. In a *stream*, each thread touches its next page as soon as it has the one before, so that 64 faults
 //! are always open: here a fair lane has nearly the same wait for all, and an unfair one shows. The same with the pages
-//! at hand tells what the threads' own wake-ups cost; a thread alone tells what one fault costs.
+//! at hand tells what the threads' own wake-ups cost; a thread alone tells what one fault costs. Beside the threads' view
+//! stands the lane's own, from reading a fault until its page was there: what is in the first and not in the second is
+//! waiting for a processor, before the lane reads the fault or after it woke the thread.
 //!
 //! Percentiles of single touches are no business of Criterion's, so this is a program of its own that prints a table:
 //! of several runs the one whose ratio is the median of theirs, as others on the machine can spoil any of them, and beside
@@ -115,7 +117,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         std::env::args().any(|arg| arg == "--bench") && std::env::args().all(|arg| arg != "--test");
     let (touches, runs) = if measure { (TOUCHES, RUNS) } else { (2, 1) };
     println!(
-        "{:38} {:>6} {:>6} {:>6} {:>6} {:>9} {:>11} {:>12} {:>10}",
+        "{:38} {:>6} {:>6} {:>6} {:>6} {:>9} {:>11} {:>12} {:>10} {:>13}",
         "µs that a touch waits",
         "p50",
         "p90",
@@ -124,7 +126,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         "p99/p50",
         "of all runs",
         "threads' p50",
-        "touches/s"
+        "touches/s",
+        "lane p50, p99"
     );
     for scenario in SCENARIOS {
         let touches = touches * if scenario.threads == 1 { 8 } else { 1 };
@@ -150,8 +153,11 @@ fn print(name: &str, outcomes: &[Outcome]) {
     let ratios = format!("{:.1}-{:.1}", lowest.ratio(), highest.ratio());
     let threads = format!("{}-{}", median.medians.0 / 1000, median.medians.1 / 1000);
     let rate = median.all.len() as f64 / median.time.as_secs_f64();
+    let lane = median
+        .lane
+        .map_or_else(String::new, |lane| format!("{}, {}", lane.p50, lane.p99));
     println!(
-        "{name:38} {p50:6} {p90:6} {p99:6} {max:6} {ratio:9.2} {ratios:>11} {threads:>12} {rate:10.0}"
+        "{name:38} {p50:6} {p90:6} {p99:6} {max:6} {ratio:9.2} {ratios:>11} {threads:>12} {rate:10.0} {lane:>13}"
     );
 }
 
@@ -163,6 +169,8 @@ struct Outcome {
     medians: (u64, u64),
     /// From the first counted touch to the last.
     time: Duration,
+    /// What the lane itself took, in microseconds, from reading a fault until its page was there.
+    lane: Option<Percentiles>,
 }
 
 impl Outcome {
@@ -190,11 +198,12 @@ fn run(scenario: Scenario, touches: usize) -> Result<Outcome, Box<dyn Error>> {
         }
         Supply::Remote => Some(Remote::start(&content, memory.clone())?),
     };
-    let outcome = touch_all(scenario, touches, &memory)?;
+    let mut outcome = touch_all(scenario, touches, &memory)?;
     if let Some(remote) = filling {
         // Every page was touched, so the move is at its end.
         let report = remote.filling.wait()?;
         assert_eq!(report.pages_demand, pages, "all pages came by a fault");
+        outcome.lane = Some(report.fault_us);
     }
     Ok(outcome)
 }
@@ -256,7 +265,12 @@ fn touch_all(
     let time = first
         .zip(last)
         .map_or(Duration::ZERO, |(first, last)| last - first);
-    Ok(Outcome { all, medians, time })
+    Ok(Outcome {
+        all,
+        medians,
+        time,
+        lane: None,
+    })
 }
 
 /// Touches a thread's pages; gives when it began to count, the waits in nanoseconds, and when it was done.

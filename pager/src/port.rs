@@ -17,7 +17,11 @@ pub trait DestinationMachine: Send {
     ///
     /// # Errors
     /// Refused, in words that tell the user what to change. The machine runs on at the source.
-    fn prepare(&mut self, layout: &Layout, offer: &MachineOffer) -> Result<LazyMemory, MachineError>;
+    fn prepare(
+        &mut self,
+        layout: &Layout,
+        offer: &MachineOffer,
+    ) -> Result<LazyMemory, MachineError>;
 
     /// Loads the state. The memory is registered by now; a touch of it is served.
     ///
