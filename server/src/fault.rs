@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use lazyvm_quic::{
     ControlReceiver, ControlSender, ControlStreamError, FAULT_STREAMS_MAX, close_code,
@@ -12,6 +13,9 @@ use quinn::{Connection, ReadExactError, RecvStream, SendStream, VarInt, WriteErr
 
 use crate::handover::{Action, Event, Phase};
 use crate::session::Session;
+
+/// Time for a destination that was told all to close its connection.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Holds the conversation with the session's destination until it is over or the connection is lost.
 pub(crate) async fn converse(
@@ -29,7 +33,11 @@ pub(crate) async fn converse(
     };
     let end = conversation.run(&mut receiver).await;
     match end {
-        Ok(()) => sender.finish().await,
+        Ok(()) => {
+            sender.finish().await;
+            // The destination closes it when it has heard; this side's closing could overtake what it has not read.
+            let _ = tokio::time::timeout(FAREWELL, connection.closed()).await;
+        }
         Err(error) if session.is_attached(Lane::Fault, connection) => {
             tracing::info!(session = %session.id, %error, "the destination's connection is lost");
             session.detach(Lane::Fault, connection);
@@ -45,6 +53,8 @@ pub(crate) async fn converse(
         Err(_) => {}
     }
     answering.abort();
+    // Streams that the destination keeps for its next faults hold on to connection and session until then.
+    connection.close(close_code::DONE, b"");
 }
 
 struct Conversation<'a> {
