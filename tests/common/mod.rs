@@ -312,6 +312,17 @@ impl Footprint {
         }
     }
 
+    /// The smaller of each.
+    pub fn least(self, other: Self) -> Self {
+        Self {
+            descriptors: self.descriptors.min(other.descriptors),
+            threads: self.threads.min(other.threads),
+            anonymous_kib: self.anonymous_kib.min(other.anonymous_kib),
+            file_kib: self.file_kib.min(other.file_kib),
+            page_table_kib: self.page_table_kib.min(other.page_table_kib),
+        }
+    }
+
     /// That nothing was kept since `early` but a little memory, which allocators do.
     pub fn assert_not_grown_since(self, early: Self) {
         const TOLERANCE_KIB: u64 = 2048;

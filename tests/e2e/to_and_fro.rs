@@ -2,7 +2,7 @@
 
 use nix::sys::signal::Signal;
 
-use crate::common::{Home, can_move};
+use crate::common::{Footprint, Home, can_move};
 
 #[test]
 fn a_hundred_moves_in_a_row_lose_nothing_and_leave_nothing_behind() {
@@ -12,7 +12,7 @@ fn a_hundred_moves_in_a_row_lose_nothing_and_leave_nothing_behind() {
     let home = Home::new();
     let mut running = home.run("vm0", "16M", &[]);
     home.wait_ticks("vm0", 2);
-    let mut early = None;
+    let (mut early, mut late) = (Vec::new(), Vec::new());
     for number in 1..=100 {
         let (before, here) = (format!("vm{}", number - 1), format!("vm{number}"));
         let install = ["missing", "minor"][number % 2];
@@ -29,11 +29,14 @@ fn a_hundred_moves_in_a_row_lose_nothing_and_leave_nothing_behind() {
         home.wait_ticks(&here, 2);
         assert_eq!(home.report(&here)["verified"], true, "move {number}");
         match number {
-            10 => early = Some(running.footprint()),
-            100 => running.footprint().assert_not_grown_since(early.unwrap()),
+            1..=10 => early.push(running.footprint()),
+            91..=100 => late.push(running.footprint()),
             _ => {}
         }
     }
+    // Each machine is a fresh process, and how much of the push it held at once is chance: the least of ten counts.
+    let least = |found: Vec<Footprint>| found.into_iter().reduce(Footprint::least).unwrap();
+    least(late).assert_not_grown_since(least(early));
     running.signal(Signal::SIGINT);
     running.ends_with(0);
     let machines: Vec<_> = (0..=100).map(|number| format!("vm{number}")).collect();
