@@ -22,8 +22,8 @@ enum Running {
 }
 
 #[test]
-fn a_hundred_moves_in_one_process_leave_nothing_behind() {
-    if !can_move("a_hundred_moves_in_one_process_leave_nothing_behind") {
+fn a_hundred_moves_in_one_process_leave_no_descriptor_and_no_thread() {
+    if !can_move("a_hundred_moves_in_one_process_leave_no_descriptor_and_no_thread") {
         return;
     }
     let home = Home::new();
@@ -90,7 +90,6 @@ fn a_hundred_moves_in_one_process_leave_nothing_behind() {
                     (now.descriptors <= early.descriptors && now.threads <= early.threads)
                         .then_some(())
                 });
-                Footprint::of("/proc/self").assert_not_grown_since(early);
             }
             _ => {}
         }
