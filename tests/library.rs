@@ -1,5 +1,8 @@
 //! Server and pager as libraries, over real UDP sockets and userfaultfd: every byte arrives, however it is asked for.
 
+// Clippy allows these in tests only, not in what tests share.
+#![allow(clippy::unwrap_used)]
+
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::FileExt;
