@@ -145,7 +145,7 @@ fn every_byte_arrives_in_every_kind_of_memory() {
 
 #[test]
 fn several_sessions_of_one_endpoint_move_at_the_same_time() {
-    let filled = |page: u64| page % 3 != 0;
+    let filled = |page: u64| !page.is_multiple_of(3);
     let first = serve(image(8 * MIB, filled));
     let address = first.server.local_addr().unwrap();
     let mut sessions = vec![(first.session.clone(), first.ticket.clone())];

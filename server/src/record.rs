@@ -41,7 +41,7 @@ pub enum RecordedPhase {
 /// What the file says.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct RecordFile {
-    /// [`FORMAT`].
+    /// Version of the form.
     pub format: u32,
     /// The session's ID.
     pub session: String,
