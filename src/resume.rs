@@ -139,9 +139,10 @@ pub fn resume(args: &ResumeArgs) -> anyhow::Result<Exit> {
     if let Some(machine) = machine.get() {
         machine.set_memory_complete();
     }
-    write_report(args, &report)?;
+    // The machine is not to suffer from a report that can't be written.
+    let written = write_report(args, &report);
     tell(&report);
-    let verified = check(&report);
+    let verified = check(&report).and_then(|exit| written.map(|()| exit));
     match machine.get().filter(|_| args.stay) {
         Some(machine) => events.until_end_of(machine).and(verified),
         None => {
@@ -259,7 +260,8 @@ fn fill(
         }
         match events.next_within(PROGRESS_EVERY) {
             Some(Event::Signal(_)) if warned => {
-                write_report(args, &filling.report())?;
+                // A failure is logged there, and this one weighs more.
+                let _ = write_report(args, &filling.report());
                 let text = format!(
                     "ended by a signal when {} of {} pages had arrived; the VM has ended with it",
                     progress.pages_here, progress.pages_total
@@ -282,6 +284,7 @@ fn fill(
     Ok(filling.wait()?)
 }
 
+/// Writes the report where one was asked for; logs that it can't be.
 fn write_report(args: &ResumeArgs, report: &Report) -> anyhow::Result<()> {
     let Some(path) = &args.report else {
         return Ok(());
@@ -290,6 +293,7 @@ fn write_report(args: &ResumeArgs, report: &Report) -> anyhow::Result<()> {
     text.push(b'\n');
     files::replace(path, &text, files::SHARED)
         .with_context(|| format!("can't write the report to {}", path.display()))
+        .inspect_err(|error| tracing::error!("{error:#}"))
 }
 
 fn tell(report: &Report) {

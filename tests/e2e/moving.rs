@@ -103,6 +103,26 @@ fn without_stay_the_machine_ends_with_the_command_which_says_so() {
     assert_eq!(home.report("b")["verified"], serde_json::Value::Null);
 }
 
+#[test]
+fn a_report_that_can_not_be_written_does_not_cost_the_machine() {
+    if !can_move("a_report_that_can_not_be_written_does_not_cost_the_machine") {
+        return;
+    }
+    let home = Home::new();
+    let mut run = home.run("a", "16M", &[]);
+    let (mut serve, ticket) = home.serve("serve", "a", &[]);
+    std::fs::create_dir(home.path("b.json")).unwrap();
+    let mut resume = home.resume("b", &ticket, &["--stay"]);
+    resume.wait_log("can't write the report");
+    serve.ends_with(0);
+    run.ends_with(0);
+    home.wait_ticks("b", 2);
+    resume.signal(nix::sys::signal::Signal::SIGTERM);
+    let log = resume.ends_with(1);
+    assert!(log.contains("lazyvm: can't write the report"), "{log}");
+    home.assert_unbroken(&["a", "b"]);
+}
+
 /// Moves a machine of `memory` bytes, of which `fill` are filled, and compares every page.
 fn move_and_verify(memory: u64, fill: u64, install: &str) {
     let home = Home::new();
