@@ -198,23 +198,27 @@ impl Client {
         })
     }
 
-    /// Round trips of a small request and a page back, on one stream that is kept, in microseconds.
-    pub fn round_trips(&self, count: u64) -> Result<Histogram<u64>, BenchError> {
+    /// Adds round trips of a small request and a page back, on one stream that is kept, in microseconds.
+    pub fn round_trips(&self, count: u64, times: &mut Histogram<u64>) -> Result<(), BenchError> {
         let connection = self.connection.clone();
-        self.threads.run(async move {
+        let rounds = self.threads.run(async move {
             let (mut send, mut recv) = connection.open_bi().await.map_err(bare)?;
             let mut page = vec![0; PAGE_SIZE];
-            let mut histogram = crate::fault::histogram();
+            let mut rounds = Vec::with_capacity(count as usize);
             for round in 0..count + WARM_UP {
                 let start = Instant::now();
                 send.write_all(&[0; REQUEST_LEN]).await.map_err(bare)?;
                 recv.read_exact(&mut page).await.map_err(bare)?;
                 if round >= WARM_UP {
-                    histogram.saturating_record(start.elapsed().as_micros() as u64);
+                    rounds.push(start.elapsed().as_micros() as u64);
                 }
             }
-            Ok(histogram)
-        })
+            Ok(rounds)
+        })?;
+        for round in rounds {
+            times.saturating_record(round);
+        }
+        Ok(())
     }
 
     /// Time to take `bytes` in on one stream, in order, as they come.

@@ -2,6 +2,7 @@
 //!
 //! The touching thread stands for a vCPU and has a CPU to itself, locally and remotely alike (`cpus`).
 
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use serde::Serialize;
 use crate::bare::{Client, Flavour};
 use crate::cpus::Split;
 use crate::error::BenchError;
-use crate::image::{Content, next_random};
+use crate::image::{self, Content, next_random};
 use crate::link::{Link, Relay};
 use crate::source::Source;
 
@@ -46,6 +47,9 @@ pub struct FaultReport {
     pub push_mbit_s: f64,
 }
 
+/// Local and remote in turn, so often: machines drift.
+const ROUNDS: u64 = 5;
+
 pub(crate) fn histogram() -> Histogram<u64> {
     #[expect(
         clippy::expect_used,
@@ -63,18 +67,23 @@ pub fn run(config: FaultConfig) -> Result<FaultReport, BenchError> {
     cpus.enter_host()?;
     let mut source = Source::start()?;
     source.image(config.bytes, Content::Random)?;
-    let wire = wire_round_trips(&mut source, config)?;
-    let local = local_faults(config, &cpus)?;
+    let mut wire = histogram();
+    let mut local = histogram();
     let mut remote = histogram();
     let mut pushed = Pushed::default();
-    // A push at full speed soon has brought everything, so there are as many moves as it takes.
-    while remote.len() < config.faults {
-        let before = remote.len();
-        remote_faults(&mut source, config, &cpus, &mut remote, &mut pushed)?;
-        if remote.len() == before {
-            return Err(BenchError::SourceSays(
-                "no page was absent when it was touched".to_owned(),
-            ));
+    for round in 1..=ROUNDS {
+        let until = config.faults * round / ROUNDS;
+        wire_round_trips(&mut source, config, &mut wire)?;
+        local_faults(config, &cpus, until - local.len(), &mut local)?;
+        // A push at full speed soon has brought everything, so there are as many moves as it takes.
+        while remote.len() < until {
+            let before = remote.len();
+            remote_faults(&mut source, config, &cpus, until, &mut remote, &mut pushed)?;
+            if remote.len() == before {
+                return Err(BenchError::SourceSays(
+                    "no page was absent when it was touched".to_owned(),
+                ));
+            }
         }
     }
     Ok(FaultReport {
@@ -89,16 +98,17 @@ pub fn run(config: FaultConfig) -> Result<FaultReport, BenchError> {
 fn wire_round_trips(
     source: &mut Source,
     config: FaultConfig,
-) -> Result<Histogram<u64>, BenchError> {
+    times: &mut Histogram<u64>,
+) -> Result<(), BenchError> {
     let (address, fingerprint) = source.bare(Flavour::Tuned, Lane::Fault)?;
     let relay = relay(address, config.link)?;
     let address = relay.as_ref().map_or(address, Relay::address);
     let count = if config.link.rtt > Duration::from_millis(5) {
-        100
+        20
     } else {
-        2000
+        400
     };
-    Client::connect(address, fingerprint, Lane::Fault, Flavour::Tuned)?.round_trips(count)
+    Client::connect(address, fingerprint, Lane::Fault, Flavour::Tuned)?.round_trips(count, times)
 }
 
 fn relay(server: std::net::SocketAddr, link: Link) -> Result<Option<Relay>, BenchError> {
@@ -130,28 +140,25 @@ fn touch(memory: &LazyMemory, page: u64, times: &mut Histogram<u64>) -> Result<(
     Ok(())
 }
 
-fn local_faults(config: FaultConfig, cpus: &Split) -> Result<Histogram<u64>, BenchError> {
+fn local_faults(
+    config: FaultConfig,
+    cpus: &Split,
+    faults: u64,
+    times: &mut Histogram<u64>,
+) -> Result<(), BenchError> {
     let layout = layout(config.bytes)?;
     let memory = Arc::new(LazyMemory::shared(&layout, InstallMode::Minor)?);
-    let image: Vec<u8> = (0..1 << 20)
-        .map(|number| (number % 253) as u8 + 1)
-        .collect();
-    let read = move |range: PageRange, out: &mut [u8]| {
-        let start = range.first.byte_offset() as usize % image.len();
-        out.copy_from_slice(&image[start..start + out.len()]);
-        Ok(())
-    };
+    // As large as the source's, so that its pages are as far from the processor's cache.
+    let image = image::make(config.bytes, Content::Random)?;
+    let read =
+        move |range: PageRange, out: &mut [u8]| image.read_exact_at(out, range.first.byte_offset());
     lazyvm_pager::fill_locally(&layout, memory.clone(), Box::new(read))?;
-    let mut times = histogram();
     cpus.enter_guest()?;
-    for page in touches(layout.pages())
-        .into_iter()
-        .take(config.faults as usize)
-    {
-        touch(&memory, page, &mut times)?;
+    for page in touches(layout.pages()).into_iter().take(faults as usize) {
+        touch(&memory, page, times)?;
     }
     cpus.enter_host()?;
-    Ok(times)
+    Ok(())
 }
 
 fn layout(bytes: u64) -> Result<Layout, BenchError> {
@@ -183,6 +190,7 @@ fn remote_faults(
     source: &mut Source,
     config: FaultConfig,
     cpus: &Split,
+    until: u64,
     times: &mut Histogram<u64>,
     pushed: &mut Pushed,
 ) -> Result<(), BenchError> {
@@ -203,7 +211,7 @@ fn remote_faults(
     let last_part = pages - pages / LAST_PART;
     for page in touches(pages) {
         let done =
-            times.len() >= config.faults || (config.push && filling.progress().pages_here == pages);
+            times.len() >= until || (config.push && filling.progress().pages_here == pages);
         if done {
             break;
         }

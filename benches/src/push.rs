@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lazyvm_pager::install::{Installer, Registration};
+use lazyvm_pager::memory::MemoryError;
 use lazyvm_pager::uffd::Uffd;
 use lazyvm_pager::{InstallMode, LazyMemory, Options};
 use lazyvm_wire::control::Lane;
@@ -17,7 +18,7 @@ use crate::bare::{Client, Flavour};
 use crate::error::BenchError;
 use crate::image::Content;
 use crate::source::Source;
-use crate::sys::BareUffd;
+use crate::sys::{BareUffd, warm_free_memory};
 
 /// What to run.
 #[derive(Clone, Copy, Debug)]
@@ -38,10 +39,14 @@ pub struct PushReport {
     pub bare_quinn_mib_s: f64,
     /// The same with lazyvm's settings, sockets and threads.
     pub tuned_quinn_mib_s: f64,
-    /// Putting a page in place in runs of 64, in nanoseconds.
+    /// Putting a page in place in runs of 64, in nanoseconds; shared memory, as the push fills it.
     pub install_ns_page: f64,
-    /// The bare `UFFDIO_COPY` ioctl in runs of 64 into private memory, in nanoseconds a page.
+    /// The bare `UFFDIO_COPY` ioctl in runs of 64 into the same kind of memory, in nanoseconds a page.
     pub raw_uffd_copy_ns_page: f64,
+    /// [`PushReport::install_ns_page`] for private memory.
+    pub install_private_ns_page: f64,
+    /// [`PushReport::raw_uffd_copy_ns_page`] for private memory.
+    pub raw_uffd_copy_private_ns_page: f64,
     /// The most that the source's process took beyond the memory itself and what it had before, in MiB.
     pub server_rss_extra_mib: f64,
     /// The same of the destination's.
@@ -69,13 +74,16 @@ const MIB: f64 = (1 << 20) as f64;
 pub fn run(config: PushConfig) -> Result<PushReport, BenchError> {
     let mut source = Source::start()?;
     source.image(config.bytes, config.content)?;
-    // The first move is not counted: the machine may be a guest itself, whose fresh memory its host has to find first.
+    // The first move is not counted: code, sockets and buffers get warm.
     push(&mut source)?;
     let (mut stock, mut tuned, mut pushes) = (Vec::new(), Vec::new(), Vec::new());
     let (mut server_rss, mut pager_rss) = (0, 0);
     for _ in 0..ROUNDS {
+        // As much as the move will need. The same ahead of both, so that neither has an advantage.
+        warm_free_memory(config.bytes)?;
         stock.push(bare_bulk(&mut source, config.bytes, Flavour::Stock)?);
         tuned.push(bare_bulk(&mut source, config.bytes, Flavour::Tuned)?);
+        warm_free_memory(config.bytes)?;
         let (server_memory, pager_memory) = (
             Sampler::start(source.pid())?,
             Sampler::start(std::process::id())?,
@@ -84,22 +92,33 @@ pub fn run(config: PushConfig) -> Result<PushReport, BenchError> {
         server_rss = server_rss.max(server_memory.stop());
         pager_rss = pager_rss.max(pager_memory.stop());
     }
-    let mib_s = |times| config.bytes as f64 / MIB / median(times).as_secs_f64();
-    let (install, raw) = install_costs()?;
+    let mib_s = |times: Vec<Duration>| {
+        median(
+            times
+                .iter()
+                .map(|time| config.bytes as f64 / MIB / time.as_secs_f64())
+                .collect(),
+        )
+    };
+    let (install, raw) =
+        install_costs(|layout| LazyMemory::shared(layout, InstallMode::Minor))?;
+    let (install_private, raw_private) = install_costs(LazyMemory::anonymous)?;
     Ok(PushReport {
         push_mib_s: mib_s(pushes),
         bare_quinn_mib_s: mib_s(stock),
         tuned_quinn_mib_s: mib_s(tuned),
         install_ns_page: install,
         raw_uffd_copy_ns_page: raw,
+        install_private_ns_page: install_private,
+        raw_uffd_copy_private_ns_page: raw_private,
         server_rss_extra_mib: server_rss as f64 / 1024.0,
         pager_rss_extra_mib: pager_rss as f64 / 1024.0,
     })
 }
 
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort_unstable();
-    times.get(times.len() / 2).copied().unwrap_or_default()
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_unstable_by(f64::total_cmp);
+    figures.get(figures.len() / 2).copied().unwrap_or_default()
 }
 
 fn bare_bulk(source: &mut Source, bytes: u64, flavour: Flavour) -> Result<Duration, BenchError> {
@@ -117,40 +136,46 @@ fn push(source: &mut Source) -> Result<Duration, BenchError> {
     Ok(start.elapsed())
 }
 
-/// Nanoseconds a page of the installer, and of the bare ioctl, both into fresh memory.
-fn install_costs() -> Result<(f64, f64), BenchError> {
+/// Nanoseconds a page of the installer, and of the bare ioctl, each into fresh memory that `make` gives.
+fn install_costs(
+    make: impl Fn(&Layout) -> Result<LazyMemory, MemoryError>,
+) -> Result<(f64, f64), BenchError> {
     let layout = Layout::flat(INSTALL_BYTES / PAGE_SIZE as u64)
         .map_err(|error| BenchError::SourceSays(error.to_string()))?;
     let data: Vec<u8> = (0..RUN_PAGES as usize * PAGE_SIZE)
         .map(|number| (number % 255) as u8 + 1)
         .collect();
-    let runs = || {
-        (0..layout.pages())
-            .step_by(RUN_PAGES as usize)
-            .map(|first| PageRange::new(PageIndex(first), RUN_PAGES))
-    };
-    let pages = layout.pages() as f64;
+    let ns_page = |start: Instant| start.elapsed().as_nanos() as f64 / layout.pages() as f64;
+    let (mut installs, mut raws) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        warm_free_memory(2 * INSTALL_BYTES)?;
+        let memory = Arc::new(make(&layout)?);
+        let uffd = Uffd::open(&memory, false).map_err(lazyvm_pager::PagerError::from)?;
+        let installer = Installer::new(&layout, memory, uffd, Registration::Register)
+            .map_err(lazyvm_pager::PagerError::from)?;
+        let start = Instant::now();
+        for run in runs(&layout) {
+            installer
+                .install(run, &data)
+                .map_err(|error| io::Error::other(error.to_string()))?;
+        }
+        installs.push(ns_page(start));
 
-    let memory = Arc::new(LazyMemory::shared(&layout, InstallMode::Minor)?);
-    let uffd = Uffd::open(&memory, false).map_err(lazyvm_pager::PagerError::from)?;
-    let installer = Installer::new(&layout, memory, uffd, Registration::Register)
-        .map_err(lazyvm_pager::PagerError::from)?;
-    let start = Instant::now();
-    for run in runs() {
-        installer
-            .install(run, &data)
-            .map_err(|error| io::Error::other(error.to_string()))?;
+        let memory = make(&layout)?;
+        let bare = BareUffd::register(&memory)?;
+        let start = Instant::now();
+        for run in runs(&layout) {
+            bare.copy(run.first.byte_offset(), &data)?;
+        }
+        raws.push(ns_page(start));
     }
-    let install = start.elapsed().as_nanos() as f64 / pages;
+    Ok((median(installs), median(raws)))
+}
 
-    let memory = LazyMemory::anonymous(&layout)?;
-    let bare = BareUffd::register(&memory)?;
-    let start = Instant::now();
-    for run in runs() {
-        bare.copy(run.first.byte_offset(), &data)?;
-    }
-    let raw = start.elapsed().as_nanos() as f64 / pages;
-    Ok((install, raw))
+fn runs(layout: &Layout) -> impl Iterator<Item = PageRange> {
+    (0..layout.pages())
+        .step_by(RUN_PAGES as usize)
+        .map(|first| PageRange::new(PageIndex(first), RUN_PAGES))
 }
 
 /// Reads a process's private memory (anonymous and file pages, not the shared ones that are the guest's) again and

@@ -1,11 +1,14 @@
-//! The bare ioctl that installing pages is compared with.
+//! The bare ioctl that installing pages is compared with, and memory that the machine's own host has at hand.
 
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
 use std::io;
+use std::num::NonZeroUsize;
 
 use lazyvm_pager::LazyMemory;
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use nix::sys::sysinfo::sysinfo;
 use userfaultfd::{FeatureFlags, Uffd, UffdBuilder};
 
 /// Memory registered with a userfaultfd of its own, and nothing around it.
@@ -49,4 +52,31 @@ impl<'a> BareUffd<'a> {
         };
         copied.map(drop).map_err(io::Error::other)
     }
+}
+
+/// Makes sure that the next `bytes` of memory that anybody takes from the system are at hand, by taking more and giving it
+/// back.
+///
+/// The machine may be a guest whose free memory goes back to its host (free page reporting of virtio-balloon): a page of
+/// it then costs several times what the kernel's own work on it costs, and what is measured would be the host. The kernel
+/// hands out what was freed last first, but not strictly, hence more. Never takes more than half of what is free.
+pub(crate) fn warm_free_memory(bytes: u64) -> io::Result<()> {
+    let most = sysinfo()?.ram_unused() / 2;
+    let Some(length) = NonZeroUsize::new((3 * bytes).min(most) as usize) else {
+        return Ok(());
+    };
+    // SAFETY: a new mapping at a place that the kernel chooses; nothing refers to it, so that it may be filled and
+    // unmapped here.
+    unsafe {
+        let address = mmap_anonymous(
+            None,
+            length,
+            ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+            MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE,
+        )?;
+        let filled = madvise(address, length.get(), MmapAdvise::MADV_POPULATE_WRITE);
+        munmap(address, length.get())?;
+        filled?;
+    }
+    Ok(())
 }
