@@ -22,7 +22,7 @@ use crate::metrics::StatusPage;
 use crate::progress::Meter;
 use crate::run::serial_target;
 use crate::signals::Signals;
-use crate::{files, ticket};
+use crate::{files, sys, ticket};
 use machine::{Cancel, Cancellable};
 
 /// How often progress is looked at.
@@ -143,6 +143,8 @@ pub fn resume(args: &ResumeArgs) -> anyhow::Result<Exit> {
     let written = write_report(args, &report);
     tell(&report);
     let verified = check(&report).and_then(|exit| written.map(|()| exit));
+    // The machine may stay for months; what the move needed is not to stay with it.
+    sys::give_back_freed_memory();
     match machine.get().filter(|_| args.stay) {
         Some(machine) => events.until_end_of(machine).and(verified),
         None => {

@@ -1,4 +1,4 @@
-//! What can't be said in safe Rust: overwriting this process's own arguments.
+//! What can't be said in safe Rust: overwriting this process's own arguments, giving back memory that it has freed.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -60,6 +60,16 @@ pub fn wipe_arguments(secret: impl Fn(&[u8]) -> bool) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives memory that was freed back to the system, which glibc otherwise keeps for later: for a process that goes on for
+/// long and needs less from now on.
+pub fn give_back_freed_memory() {
+    // SAFETY: malloc_trim(3) may be called at any time, from any thread.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 #[cfg(test)]

@@ -210,8 +210,7 @@ fn remote_faults(
     cpus.enter_guest()?;
     let last_part = pages - pages / LAST_PART;
     for page in touches(pages) {
-        let done =
-            times.len() >= until || (config.push && filling.progress().pages_here == pages);
+        let done = times.len() >= until || (config.push && filling.progress().pages_here == pages);
         if done {
             break;
         }

@@ -100,8 +100,7 @@ pub fn run(config: PushConfig) -> Result<PushReport, BenchError> {
                 .collect(),
         )
     };
-    let (install, raw) =
-        install_costs(|layout| LazyMemory::shared(layout, InstallMode::Minor))?;
+    let (install, raw) = install_costs(|layout| LazyMemory::shared(layout, InstallMode::Minor))?;
     let (install_private, raw_private) = install_costs(LazyMemory::anonymous)?;
     Ok(PushReport {
         push_mib_s: mib_s(pushes),

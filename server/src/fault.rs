@@ -37,6 +37,8 @@ pub(crate) async fn converse(
             sender.finish().await;
             // The destination closes it when it has heard; this side's closing could overtake what it has not read.
             let _ = tokio::time::timeout(FAREWELL, connection.closed()).await;
+            // A destination that has ended its threads closes nothing any more.
+            session.close();
         }
         Err(error) if session.is_attached(Lane::Fault, connection) => {
             tracing::info!(session = %session.id, %error, "the destination's connection is lost");
