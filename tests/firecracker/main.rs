@@ -293,3 +293,63 @@ fn a_directory_that_is_not_clear_is_refused_with_what_to_do() {
     );
     stdout.ends_with(0);
 }
+
+/// `lazyvm serve --firecracker` of the VM in `source`, and its ticket.
+fn serve_vm(home: &Home, source: &Vm) -> (Program, String) {
+    let file = home.path(&format!("{}.ticket", source.name));
+    let mut command = lazyvm();
+    command
+        .args(["serve", "--listen", "127.0.0.1:0", "--firecracker"])
+        .arg(home.path(&format!("{}/api", source.name)))
+        .arg("--ticket-file")
+        .arg(&file)
+        .stdout(Stdio::piped());
+    let program = home.start(&format!("{}-serve", source.name), &mut command);
+    let ticket = wait_for("ticket", || fs::read_to_string(&file).ok());
+    (program, ticket.trim_end().to_owned())
+}
+
+#[test]
+fn a_running_vm_moves_and_its_process_ends_when_all_is_there() {
+    for (name, fault, kind) in [
+        ("plain", "source", "kind=Full"),
+        ("tracks", "source tracks", "kind=Diff"),
+    ] {
+        let home = Home::new();
+        snapshot(&home);
+        let mut source = firecracker(&home, name, "1.16.0", fault, false);
+        let (mut serve, ticket) = serve_vm(&home, &source);
+        assert!(source.firecracker.is_running());
+        let vm = firecracker(&home, "vm", "1.16.0", "", false);
+        vm.resume(&home, &ticket).ends_with(0);
+        vm.is_well(&home);
+        let log = serve.ends_with(0);
+        assert!(log.contains(kind), "{log}");
+        wait_for("end of the source", || {
+            (!source.firecracker.is_running()).then_some(())
+        });
+    }
+}
+
+#[test]
+fn a_vm_that_is_refused_runs_on_at_its_source() {
+    let home = Home::new();
+    snapshot(&home);
+    let mut source = firecracker(&home, "source", "1.16.0", "source", false);
+    let (mut serve, ticket) = serve_vm(&home, &source);
+    let vm = firecracker(&home, "vm", "1.16.0", "overlap", false);
+    vm.resume(&home, &ticket).ends_with(6);
+    let log = serve.ends_with(6);
+    assert!(log.contains("The VM runs on here"), "{log}");
+    assert!(source.firecracker.is_running());
+    // It can be served again, so it is there and runs.
+    let (_serve, ticket) = serve_vm_again(&home, &source);
+    let vm = firecracker(&home, "other", "1.16.0", "", false);
+    vm.resume(&home, &ticket).ends_with(0);
+    vm.is_well(&home);
+}
+
+fn serve_vm_again(home: &Home, source: &Vm) -> (Program, String) {
+    fs::remove_file(home.path(&format!("{}.ticket", source.name))).unwrap();
+    serve_vm(home, source)
+}

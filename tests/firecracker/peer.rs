@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use lazyvm_pager::install::{Installer, Registration};
@@ -51,8 +52,14 @@ const AFTER: PageRange = PageRange {
     count: 40,
 };
 
+/// The page that the guest of a source changes after the first snapshot.
+const CHANGED: u64 = 100;
+
 struct Peer {
     role: Role,
+    /// Of a source: it runs, and a full snapshot was made.
+    runs: AtomicBool,
+    has_base: AtomicBool,
     loaded: Mutex<Option<Arc<Installer>>>,
     /// Kept open from 1.12 on.
     socket: Mutex<Option<UnixStream>>,
@@ -63,6 +70,8 @@ pub fn play(role: Role) {
     let listener = UnixListener::bind(role.home.join("api")).unwrap();
     let peer = Arc::new(Peer {
         role,
+        runs: AtomicBool::new(true),
+        has_base: AtomicBool::new(false),
         loaded: Mutex::default(),
         socket: Mutex::default(),
     });
@@ -118,6 +127,9 @@ fn request(connection: &mut UnixStream) -> Option<(String, Value)> {
 impl Peer {
     fn answer(self: &Arc<Self>, line: &str, body: &Value) -> (u16, Value) {
         let none = Value::Null;
+        if self.role.fault.starts_with("source") {
+            return self.answer_as_source(line, body);
+        }
         match line.trim_end_matches(" HTTP/1.1") {
             "GET /" => {
                 let state = if self.loaded.lock().unwrap().is_some() {
@@ -153,6 +165,61 @@ impl Peer {
                 json!({"fault_message": format!("Invalid request method and/or path: {other}.")}),
             ),
         }
+    }
+
+    /// A VM that runs here, to be moved away.
+    fn answer_as_source(&self, line: &str, body: &Value) -> (u16, Value) {
+        let tracks = self.role.fault == "source tracks";
+        match line.trim_end_matches(" HTTP/1.1") {
+            "GET /" => {
+                let runs = self.runs.load(Ordering::SeqCst);
+                let state = if runs { "Running" } else { "Paused" };
+                (
+                    200,
+                    json!({"state": state, "vmm_version": self.role.version}),
+                )
+            }
+            "GET /machine-config" => {
+                let bytes = fs::metadata(&self.role.memory).unwrap().len();
+                (
+                    200,
+                    json!({"vcpu_count": 1, "mem_size_mib": bytes >> 20, "track_dirty_pages": tracks, "huge_pages": "None"}),
+                )
+            }
+            "PATCH /vm" => {
+                self.runs
+                    .store(body["state"] == "Resumed", Ordering::SeqCst);
+                (204, Value::Null)
+            }
+            "PUT /snapshot/create" if !self.runs.load(Ordering::SeqCst) => {
+                self.create(body);
+                (204, Value::Null)
+            }
+            _ => (
+                400,
+                json!({"fault_message": "The requested operation is not supported."}),
+            ),
+        }
+    }
+
+    /// Without a record of dirty pages all at once; with one, all but a page first, and that page as a diff.
+    fn create(&self, body: &Value) {
+        fs::copy(&self.role.state, body["snapshot_path"].as_str().unwrap()).unwrap();
+        let path = body["mem_file_path"].as_str().unwrap();
+        let mut memory = fs::read(&self.role.memory).unwrap();
+        let changed = (CHANGED as usize * PAGE_SIZE)..(CHANGED as usize + 1) * PAGE_SIZE;
+        if body["snapshot_type"] == "Diff" {
+            assert!(self.has_base.load(Ordering::SeqCst), "a diff of nothing");
+            let file = File::options().write(true).open(path).unwrap();
+            file.write_all_at(&memory[changed.clone()], changed.start as u64)
+                .unwrap();
+            return;
+        }
+        if self.role.fault == "source tracks" {
+            memory[changed].fill(0xee);
+        }
+        self.has_base.store(true, Ordering::SeqCst);
+        fs::write(path, memory).unwrap();
     }
 
     fn load(&self, body: &Value) {
