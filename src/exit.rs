@@ -6,6 +6,10 @@ use std::process::ExitCode;
 use lazyvm_pager::uffd::RegisterError;
 use lazyvm_pager::{ConnectError, PagerError};
 use lazyvm_server::{RecordError, ServerError};
+use lazyvm_vmm_glue::firecracker::api::ApiError;
+use lazyvm_vmm_glue::firecracker::destination::DestinationError;
+use lazyvm_vmm_glue::firecracker::snapshot::SnapshotError;
+use lazyvm_vmm_glue::firecracker::source::SourceError;
 use lazyvm_vmm_glue::kvm::machine::AssembleError;
 use lazyvm_vmm_glue::kvm::source::RemoteError;
 use lazyvm_vmm_glue::kvm::{
@@ -138,6 +142,10 @@ fn of_one(error: &(dyn Error + 'static)) -> Option<Exit> {
         .or_else(|| error.downcast_ref().and_then(of_assembly))
         .or_else(|| error.downcast_ref().and_then(of_control))
         .or_else(|| error.downcast_ref().and_then(of_remote))
+        .or_else(|| error.downcast_ref().and_then(of_api))
+        .or_else(|| error.downcast_ref().and_then(of_firecracker_source))
+        .or_else(|| error.downcast_ref().and_then(of_firecracker))
+        .or_else(|| error.is::<SnapshotError>().then_some(Exit::Usage))
         .or_else(|| error.is::<CompatibilityError>().then_some(Exit::Refused))
         .or_else(|| (error.is::<LoadError>() || error.is::<TicketError>()).then_some(Exit::Usage))
 }
@@ -220,6 +228,30 @@ fn of_control(error: &ControlError) -> Option<Exit> {
         ControlError::NotThere { .. } | ControlError::Permission { .. }
     )
     .then_some(Exit::Environment)
+}
+
+fn of_api(error: &ApiError) -> Option<Exit> {
+    matches!(error, ApiError::NotThere { .. }).then_some(Exit::Environment)
+}
+
+/// Errors of an API that show themselves as these have only those causes.
+fn of_firecracker(error: &DestinationError) -> Option<Exit> {
+    match error {
+        DestinationError::Api(error) => of_api(error),
+        DestinationError::Folder(_)
+        | DestinationError::Socket { .. }
+        | DestinationError::Thread(_) => Some(Exit::Environment),
+        _ => None,
+    }
+}
+
+fn of_firecracker_source(error: &SourceError) -> Option<Exit> {
+    match error {
+        SourceError::Api(error) => of_api(error),
+        SourceError::Folder(_) | SourceError::NoRoom { .. } => Some(Exit::Environment),
+        SourceError::NotRunning { .. } | SourceError::Device(_) => Some(Exit::Usage),
+        _ => None,
+    }
 }
 
 /// An error that shows itself as its cause has only that one's causes.

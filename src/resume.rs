@@ -1,5 +1,6 @@
 //! `lazyvm resume`: the destination's side of a move.
 
+mod firecracker;
 mod machine;
 
 use std::ffi::OsString;
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use lazyvm_pager::{Filling, InstallMode, Options, PagerError, Report};
+use lazyvm_pager::{Filling, InstallMode, Offer, Options, PagerError, Report};
 use lazyvm_vmm_glue::kvm::{Destination, DestinationConfig, SerialTarget};
 use lazyvm_wire::Ticket;
 
@@ -36,8 +37,8 @@ pub struct ResumeArgs {
     /// A ticket is a secret. Its text on the command line is overwritten as soon as this command runs, so that lists of
     /// processes do not show it; until then they do, and the shell's history keeps it. @FILE and - have neither flaw.
     ticket: String,
-    /// Take the VM into a fresh, idle Firecracker (not in this release)
-    #[arg(long, value_name = "API_SOCK", conflicts_with_all = ["qemu", "control", "serial"])]
+    /// Take the VM into a fresh, idle Firecracker, by its API socket; it runs on there when this command has ended
+    #[arg(long, value_name = "API_SOCK", conflicts_with_all = ["qemu", "control", "serial", "stay", "install"])]
     firecracker: Option<PathBuf>,
     /// Take the VM into the QEMU that is started with the command after -- (not in this release)
     #[arg(long, requires = "command", conflicts_with_all = ["control", "serial"])]
@@ -99,7 +100,6 @@ struct Resumed {
 impl ResumeArgs {
     fn refuse_what_is_not_there(&self) -> Result<(), Problem> {
         let later = [
-            (self.firecracker.is_some(), "--firecracker"),
             (self.qemu || !self.command.is_empty(), "--qemu"),
             (!self.disk.is_empty(), "--disk"),
         ];
@@ -113,6 +113,9 @@ impl ResumeArgs {
 /// Takes the VM over and runs it here.
 pub fn resume(args: &ResumeArgs) -> anyhow::Result<Exit> {
     args.refuse_what_is_not_there()?;
+    if let Some(api) = &args.firecracker {
+        return firecracker::resume(args, api);
+    }
     let signals = Signals::hold().context("can't handle signals")?;
     let ticket = ticket::read(&args.ticket)?;
     let page = args.status_addr.map(StatusPage::serve).transpose()?;
@@ -126,15 +129,19 @@ pub fn resume(args: &ResumeArgs) -> anyhow::Result<Exit> {
     let machine = ManuallyDrop::new(destination.machine());
     let events = Events::of(signals)?;
     let cancel = Cancel::default();
-    let taking = Cancellable::new(destination, cancel.clone());
+    let mut taking = Cancellable::new(destination, cancel.clone());
     let options = Options {
         verify: args.verify,
         removals: false,
     };
-    take_over(ticket, options, taking, events.sender())?;
+    take_over(ticket, options, events.sender(), move |offer| {
+        let result = offer.and_then(|offer| lazyvm_pager::resume(offer, &mut taking));
+        // With this, `taking` goes: from here on the command alone holds the machine.
+        (result, taking.exit())
+    })?;
     let filling = wait_for_start(&events, &cancel)?;
     tracing::info!(control = %home.control.display(), "the VM runs here; its memory arrives");
-    let report = fill(args, filling, &events, page.as_ref())?;
+    let report = fill(args, filling, &events, page.as_ref(), &|| false)?;
     let machine = ManuallyDrop::into_inner(machine);
     if let Some(machine) = machine.get() {
         machine.set_memory_complete();
@@ -179,28 +186,27 @@ impl Home {
     }
 }
 
-/// Connects and takes the machine over, on a thread of its own since all of that blocks.
+/// Connects and has `take` take the machine over, on a thread of its own since all of that blocks.
 fn take_over(
     ticket: Ticket,
     options: Options,
-    mut machine: Cancellable,
     events: Sender<Event<Resumed>>,
+    take: impl FnOnce(Result<Offer, PagerError>) -> (Result<Filling, PagerError>, Option<Exit>)
+    + Send
+    + 'static,
 ) -> anyhow::Result<()> {
     thread::Builder::new()
         .name("resume".to_owned())
         .spawn(move || {
-            let result = lazyvm_pager::connect(&ticket, options).and_then(|offer| {
+            let offer = lazyvm_pager::connect(&ticket, options).inspect(|offer| {
                 tracing::info!(
                     session = %ticket.session,
                     memory_bytes = offer.layout().bytes(),
                     kind = offer.machine().kind,
                     "connected to the source"
                 );
-                lazyvm_pager::resume(offer, &mut machine)
             });
-            let exit = machine.exit();
-            // From here on the command alone holds it.
-            drop(machine);
+            let (result, exit) = take(offer);
             drop(events.send(Event::Own(Resumed { result, exit })));
         })
         .context("can't start a thread")?;
@@ -238,12 +244,13 @@ fn wait_for_start(events: &Events<Resumed>, cancel: &Cancel) -> anyhow::Result<F
     }
 }
 
-/// Waits until all memory is here.
+/// Waits until all memory is here; `has_ended` tells of a VM that ended elsewhere.
 fn fill(
     args: &ResumeArgs,
     filling: Filling,
     events: &Events<Resumed>,
     page: Option<&StatusPage>,
+    has_ended: &dyn Fn() -> bool,
 ) -> anyhow::Result<Report> {
     let mut meter = Meter::new();
     let mut warned = false;
@@ -259,6 +266,15 @@ fn fill(
         }
         if progress.done {
             break;
+        }
+        if has_ended() {
+            // A failure is logged there, and this one weighs more.
+            let _ = write_report(args, &filling.report());
+            let text = format!(
+                "the VM's process ended when {} of {} pages had arrived",
+                progress.pages_here, progress.pages_total
+            );
+            return Err(Problem::new(Exit::BrokenOff, text).into());
         }
         match events.next_within(PROGRESS_EVERY) {
             Some(Event::Signal(_)) if warned => {

@@ -1,5 +1,7 @@
 //! `lazyvm serve`: the source's side of a move.
 
+mod snapshot;
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,7 +9,10 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
+use lazyvm_server::port::SourceMachine;
 use lazyvm_server::{EndReason, Phase, Server, SessionConfig, SessionHandle, SessionRecord};
+use lazyvm_vmm_glue::firecracker::api::Api;
+use lazyvm_vmm_glue::firecracker::source::FirecrackerMachine;
 use lazyvm_vmm_glue::kvm::RemoteMachine;
 use lazyvm_wire::trust::Identity;
 use nix::sys::signal::Signal;
@@ -24,6 +29,9 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
 /// Time for a destination to hear that the source has let go, and to come back for it if it was just lost.
 const FAREWELL: Duration = Duration::from_secs(20);
+
+/// How long the ticket of a machine lets a destination in, where the user does not say.
+const TICKET_LIFETIME: Duration = Duration::from_secs(600);
 
 /// How long destinations are still told that their ticket has expired.
 const EXPIRED_LINGER: Duration = Duration::from_secs(300);
@@ -43,9 +51,9 @@ pub struct ServeArgs {
     /// Write the ticket to this file too, for its owner alone
     #[arg(long, value_name = "FILE")]
     ticket_file: Option<PathBuf>,
-    /// How long the ticket lets a destination in
-    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = units::duration)]
-    ticket_lifetime: Duration,
+    /// How long the ticket lets a destination in [default: 10m; of a snapshot, as long as this command runs]
+    #[arg(long, value_name = "TIME", value_parser = units::duration)]
+    ticket_lifetime: Option<Duration>,
     /// Record the session here, for its owner alone; lazyvm status reads it
     #[arg(long, value_name = "DIR")]
     session_dir: Option<PathBuf>,
@@ -58,6 +66,11 @@ pub struct ServeArgs {
     /// A disk to move along (not in this release); may be repeated
     #[arg(long, value_name = "NAME=FILE")]
     disk: Vec<String>,
+    /// Where a Firecracker writes its memory at the hand-over [default: /dev/shm, or beside its API socket]
+    #[arg(long, value_name = "DIR", requires = "firecracker")]
+    scratch: Option<PathBuf>,
+    #[command(flatten)]
+    files: snapshot::Files,
 }
 
 /// Where the VM is.
@@ -70,10 +83,10 @@ struct Source {
     /// The QMP socket of a QEMU (not in this release)
     #[arg(long, value_name = "QMP_SOCK")]
     qemu: Option<PathBuf>,
-    /// The API socket of a Firecracker (not in this release)
+    /// The API socket of a Firecracker
     #[arg(long, value_name = "API_SOCK")]
     firecracker: Option<PathBuf>,
-    /// A directory that lazyvm snapshot wrote (not in this release)
+    /// A directory with a snapshot that Firecracker wrote: served to any number of destinations, until a signal comes
     #[arg(long, value_name = "DIR")]
     snapshot: Option<PathBuf>,
 }
@@ -92,31 +105,52 @@ pub enum Mode {
 }
 
 impl ServeArgs {
-    /// The VM's control socket, where all that is asked for can be done.
-    fn vm(&self) -> Result<&PathBuf, Problem> {
+    fn refuse_what_is_not_there(&self) -> Result<(), Problem> {
         let later = [
             (self.source.qemu.is_some(), "--qemu"),
-            (self.source.firecracker.is_some(), "--firecracker"),
-            (self.source.snapshot.is_some(), "--snapshot"),
             (!self.disk.is_empty(), "--disk"),
             (self.mode != Mode::Postcopy, "a --mode other than postcopy"),
         ];
-        if let Some((_, what)) = later.iter().find(|(asked, _)| *asked) {
-            return Err(Problem::not_in_this_release(what));
+        match later.iter().find(|(asked, _)| *asked) {
+            Some((_, what)) => Err(Problem::not_in_this_release(what)),
+            None => Ok(()),
         }
-        self.source
+    }
+
+    /// The machine that runs.
+    fn machine(&self) -> anyhow::Result<Arc<dyn SourceMachine>> {
+        if let Some(api) = &self.source.firecracker {
+            let machine = FirecrackerMachine::connect(Api::at(api), self.scratch.as_deref())
+                .with_context(|| format!("can't serve the Firecracker at {}", api.display()))?;
+            return Ok(Arc::new(machine));
+        }
+        let vm = self
+            .source
             .vm
             .as_ref()
-            .ok_or_else(|| Problem::new(Exit::Usage, "name the VM with --vm SOCK"))
+            .ok_or_else(|| Problem::new(Exit::Usage, "name the VM with --vm SOCK"))?;
+        let machine = RemoteMachine::connect(vm)
+            .with_context(|| format!("can't serve the VM at {}", vm.display()))?;
+        Ok(Arc::new(machine))
+    }
+
+    /// Limit of the push in bytes a second. One below a byte a second is a byte a second.
+    fn bytes_a_second(&self) -> Option<u64> {
+        self.max_bandwidth
+            .filter(|&bits| bits > 0)
+            .map(|bits| (bits / 8).max(1))
     }
 }
 
 /// Serves the VM until its destination has all of it, or until it is clear that it stays here.
 pub fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
-    let vm = args.vm()?;
+    args.refuse_what_is_not_there()?;
+    if let Some(directory) = &args.source.snapshot {
+        return snapshot::serve(args, directory);
+    }
     let signals = Signals::hold().context("can't handle signals")?;
-    let machine = RemoteMachine::connect(vm)
-        .with_context(|| format!("can't serve the VM at {}", vm.display()))?;
+    let machine = args.machine()?;
+    let ticket_lifetime = args.ticket_lifetime.unwrap_or(TICKET_LIFETIME);
     let identity = Arc::new(Identity::generate()?);
     let record = args
         .session_dir
@@ -126,14 +160,10 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
         .context("can't record the session")?;
     let server = Server::bind(args.listen, &identity)?;
     let session = server.add_session(SessionConfig {
-        ticket_lifetime: args.ticket_lifetime,
-        // A limit below a byte a second is a byte a second.
-        max_bandwidth: args
-            .max_bandwidth
-            .filter(|&bits| bits > 0)
-            .map(|bits| (bits / 8).max(1)),
+        ticket_lifetime,
+        max_bandwidth: args.bytes_a_second(),
         record,
-        ..SessionConfig::new(Arc::new(machine))
+        ..SessionConfig::new(machine)
     })?;
     let listening = server.local_addr().context("can't tell where it listens")?;
     let reachable = addresses::advertised(listening, &args.advertise)?;
@@ -156,7 +186,7 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
         .block_on(
             Watch {
                 session: &session,
-                lifetime: args.ticket_lifetime,
+                lifetime: ticket_lifetime,
             }
             .until_over(signals_heard),
         )

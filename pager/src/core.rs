@@ -93,10 +93,11 @@ impl Core {
         origin: Origin,
     ) -> Result<Installed, InstallError> {
         let installed = self.installer.install(range, data)?;
+        // What came is compared even where it is not needed any more: nothing else will come for pages given back.
+        if let Some(verifier) = &self.verifier {
+            verifier.installed(range, data);
+        }
         if installed.pages > 0 {
-            if let Some(verifier) = &self.verifier {
-                verifier.installed(range, data);
-            }
             self.pages_counter(origin)
                 .fetch_add(installed.pages, Ordering::Relaxed);
         }

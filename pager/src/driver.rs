@@ -18,7 +18,7 @@ use crate::connect::{ConnectError, Credentials, Link, connect_bulk, connect_faul
 use crate::core::{Core, Supply};
 use crate::handover::{Action, Event, Failure, Handover, Phase};
 use crate::install::InstallError;
-use crate::pager::PagerError;
+use crate::pager::{PagerError, watch};
 use crate::report::Statistics;
 use crate::stage::{Stage, StageCell};
 use crate::table::PageState;
@@ -40,6 +40,10 @@ const FAREWELL: Duration = Duration::from_secs(2);
 pub(crate) enum Command {
     /// Memory and machine are there.
     Take(Arc<Core>),
+    /// The machine is there. Its memory, of so many pages, comes to be when it has its state.
+    Ask(u64),
+    /// That memory is there.
+    Place(Arc<Core>),
     /// It can't be run here: the offer, or the state.
     Refuse(String),
     /// The vCPUs run.
@@ -61,6 +65,14 @@ enum Lost {
     Install(#[from] InstallError),
 }
 
+/// A machine that has no memory yet, and what waits for that.
+pub(crate) struct Unplaced {
+    pages: u64,
+    /// Joined, since the source hands nothing over before. What it pushes stays in the connection's window.
+    bulk: Option<Link>,
+    switchover: Option<Arc<Switchover>>,
+}
+
 pub(crate) struct Driver {
     pub credentials: Arc<Credentials>,
     pub commands: mpsc::UnboundedReceiver<Command>,
@@ -69,6 +81,7 @@ pub(crate) struct Driver {
     pub bulk_lane: Handle,
     pub handover: Handover,
     pub core: Option<Arc<Core>>,
+    pub unplaced: Option<Unplaced>,
     /// The owner has let go of its handle; what is under way goes on.
     pub alone: bool,
     /// What the source last said when it let nobody in.
@@ -116,15 +129,22 @@ impl Driver {
             if *self.handover.phase() != Phase::Asking {
                 spawn_demand(&core, &link, &mut lanes);
             }
+        } else if self.unplaced.is_some() && self.needs_lanes() {
+            let bulk = self.connect_bulk().await?;
+            if let Some(unplaced) = &mut self.unplaced {
+                unplaced.bulk = Some(bulk);
+            }
         }
         self.perform(opening, &mut link).await?;
         let mut progress = tokio::time::interval(PROGRESS_EVERY);
         progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let core = self.core.clone();
-            let limit = core
-                .as_ref()
-                .map_or(CONTROL_MAX, |core| switchover_max(core.layout.pages()));
+            let pages = match (&core, &self.unplaced) {
+                (Some(core), _) => Some(core.layout.pages()),
+                (None, unplaced) => unplaced.as_ref().map(|unplaced| unplaced.pages),
+            };
+            let limit = pages.map_or(CONTROL_MAX, switchover_max);
             let event = tokio::select! {
                 message = link.receiver.recv(limit) => self.on_message(message?, &link, &mut lanes)?,
                 command = self.commands.recv(), if !self.alone => {
@@ -167,6 +187,19 @@ impl Driver {
                 self.open_bulk(&core, lanes).await?;
                 Event::Prepared
             }
+            Some(Command::Ask(pages)) => {
+                let bulk = Some(self.connect_bulk().await?);
+                self.unplaced = Some(Unplaced {
+                    pages,
+                    bulk,
+                    switchover: None,
+                });
+                Event::Prepared
+            }
+            Some(Command::Place(core)) => {
+                self.place(&core, link, lanes).await?;
+                return Ok(None);
+            }
             Some(Command::Started) => {
                 self.statistics
                     .resumed_at_us
@@ -197,17 +230,22 @@ impl Driver {
     ) -> Result<Option<Event>, Lost> {
         match message {
             ToDestination::Switchover(switchover) => {
-                let Some(core) = self
-                    .core
-                    .clone()
-                    .filter(|_| *self.handover.phase() == Phase::Asking)
-                else {
+                if *self.handover.phase() != Phase::Asking {
                     return Ok(None);
-                };
-                self.take_over(&core, &switchover)?;
-                spawn_demand(&core, link, lanes);
+                }
+                let switchover = Arc::from(switchover);
+                if let Some(core) = self.core.clone() {
+                    self.take_over(&core, &switchover)?;
+                    spawn_demand(&core, link, lanes);
+                } else if let Some(unplaced) = &mut self.unplaced {
+                    // Only a map that can be read is worth the machine.
+                    PageMap::decode(&switchover.page_map, unplaced.pages)?;
+                    unplaced.switchover = Some(switchover.clone());
+                } else {
+                    return Ok(None);
+                }
                 self.handover.handle(Event::Switchover);
-                self.stage.set(Stage::Switched(Arc::from(switchover)));
+                self.stage.set(Stage::Switched(switchover));
                 Ok(None)
             }
             ToDestination::Running { downtime_us } => {
@@ -245,13 +283,46 @@ impl Driver {
         Ok(())
     }
 
-    /// Opens the bulk lane and takes in what comes on it.
-    async fn open_bulk(&self, core: &Arc<Core>, lanes: &mut JoinSet<String>) -> Result<(), Lost> {
+    /// The machine's memory is there now: takes the map in, and only then looks after its faults.
+    async fn place(
+        &mut self,
+        core: &Arc<Core>,
+        link: &Link,
+        lanes: &mut JoinSet<String>,
+    ) -> Result<(), Lost> {
+        let Some(unplaced) = self.unplaced.take() else {
+            return Ok(());
+        };
+        self.core = Some(core.clone());
+        core.count_bytes_of(&link.connection);
+        if let Some(switchover) = unplaced.switchover {
+            self.take_over(core, &switchover)?;
+        }
+        tokio::spawn(watch(core.clone()));
+        spawn_demand(core, link, lanes);
+        match unplaced.bulk {
+            Some(bulk) => self.run_bulk(core, bulk, lanes),
+            None => self.open_bulk(core, lanes).await?,
+        }
+        Ok(())
+    }
+
+    async fn connect_bulk(&self) -> Result<Link, Lost> {
         let connecting = self.bulk_lane.spawn(connect_bulk(self.credentials.clone()));
-        let link = connecting
+        connecting
             .await
             .map_err(|error| Lost::Lane(error.to_string()))?
-            .map_err(Lost::Bulk)?;
+            .map_err(Lost::Bulk)
+    }
+
+    /// Opens the bulk lane and takes in what comes on it.
+    async fn open_bulk(&self, core: &Arc<Core>, lanes: &mut JoinSet<String>) -> Result<(), Lost> {
+        let link = self.connect_bulk().await?;
+        self.run_bulk(core, link, lanes);
+        Ok(())
+    }
+
+    fn run_bulk(&self, core: &Arc<Core>, link: Link, lanes: &mut JoinSet<String>) {
         core.count_bytes_of(&link.connection);
         let core = core.clone();
         let task = async move {
@@ -259,7 +330,6 @@ impl Driver {
             describe(&end)
         };
         lanes.spawn_on(task, &self.bulk_lane);
-        Ok(())
     }
 
     async fn perform(&mut self, actions: Vec<Action>, link: &mut Link) -> Result<(), Lost> {
@@ -274,11 +344,10 @@ impl Driver {
                     verified: self.core.as_ref().and_then(|core| core.verified()),
                 },
                 Action::SendRejoin => {
-                    let Some(core) = &self.core else { continue };
-                    let settled = core.installer.table().settled_bits();
-                    ToSource::Rejoin {
-                        missing: PageMap::from_bits(!settled).encode(),
-                    }
+                    let Some(missing) = self.missing() else {
+                        continue;
+                    };
+                    ToSource::Rejoin { missing }
                 }
                 // The runner does it when the connection is gone.
                 Action::Reconnect => continue,
@@ -286,6 +355,16 @@ impl Driver {
             link.sender.send(&message).await?;
         }
         Ok(())
+    }
+
+    /// The pages that are to be pushed again, as a page map.
+    fn missing(&self) -> Option<Vec<u8>> {
+        if let Some(core) = &self.core {
+            let settled = core.installer.table().settled_bits();
+            return Some(PageMap::from_bits(!settled).encode());
+        }
+        let switchover = self.unplaced.as_ref()?.switchover.as_ref()?;
+        Some(switchover.page_map.clone())
     }
 
     async fn send_progress(&self, link: &mut Link) -> Result<(), Lost> {

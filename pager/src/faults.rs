@@ -25,7 +25,12 @@ pub(crate) async fn watch(core: Arc<Core>) -> io::Result<()> {
             for event in events.drain(..) {
                 match event {
                     Event::Fault { page, .. } => handle(&core, page, now),
-                    Event::Removed(_) => core.check_all_here(),
+                    Event::Removed(range) => {
+                        if let Some(verifier) = &core.verifier {
+                            verifier.given_back(range);
+                        }
+                        core.check_all_here();
+                    }
                 }
             }
             match read {

@@ -55,6 +55,7 @@ pub use connect::ConnectError;
 pub use core::LocalReader;
 pub use memory::{InstallMode, LazyMemory, LazyRegion};
 pub use pager::{
-    Arrived, Filling, Offer, Options, PagerError, Progress, connect, fill_locally, resume,
+    Arrived, Filling, Offer, Options, PagerError, Progress, Unplaced, connect, fill_locally,
+    resume, resume_late,
 };
 pub use report::{Percentiles, Report};

@@ -22,7 +22,7 @@ use crate::faults;
 use crate::handover::Handover;
 use crate::install::{Installer, Registration};
 use crate::memory::{LazyMemory, MemoryError};
-use crate::port::DestinationMachine;
+use crate::port::{DestinationMachine, HandedOver, LateMachine};
 use crate::report::{Report, Statistics};
 use crate::stage::{Stage, StageCell};
 use crate::uffd::{OpenError, RegisterError, Uffd};
@@ -116,6 +116,7 @@ pub fn connect(ticket: &Ticket, options: Options) -> Result<Offer, PagerError> {
         bulk_lane: bulk_lane.handle().clone(),
         handover: Handover::default(),
         core: None,
+        unplaced: None,
         alone: false,
         rejection: None,
     };
@@ -178,13 +179,25 @@ impl Offer {
         };
         self.0.fault_lane.handle().spawn(watch(core.clone()));
         self.0.tell(Command::Take(core.clone()));
-        let switchover = self.0.stage.wait(|stage| match stage {
-            Stage::Switched(switchover) => Some(switchover.clone()),
-            _ => None,
-        })?;
+        let switchover = self.0.switched()?;
         Ok(Arrived {
             inner: self.0,
             core,
+            switchover,
+        })
+    }
+
+    /// Has the source hand over before there is memory: for a monitor that makes it only when it has the state.
+    /// [`Offer::take`] is the way for all others, since here the memory can still be refused when the machine stands
+    /// paused already.
+    ///
+    /// # Errors
+    /// [`PagerError`]; but for [`PagerError::SourceLostAtHandover`] the machine runs on at the source.
+    pub fn ask(self) -> Result<Unplaced, PagerError> {
+        self.0.tell(Command::Ask(self.layout().pages()));
+        let switchover = self.0.switched()?;
+        Ok(Unplaced {
+            inner: self.0,
             switchover,
         })
     }
@@ -211,6 +224,83 @@ impl Offer {
             verify,
         ))
     }
+}
+
+/// A machine that is this side's, and has no memory yet. Dropping it refuses.
+pub struct Unplaced {
+    inner: Move,
+    switchover: Arc<Switchover>,
+}
+
+impl Unplaced {
+    /// The machine's state, in its monitor's own format.
+    pub fn state(&self) -> &[u8] {
+        &self.switchover.state
+    }
+
+    /// Tells the source that the machine can't be run here; returns when it has heard. It runs the machine again.
+    pub fn refuse(self, reason: &str) -> PagerError {
+        self.inner.refuse(reason)
+    }
+
+    /// Fills this memory, which must be empty: its touches are served when this returns.
+    ///
+    /// # Errors
+    /// [`PagerError`]; the memory does not fit. The source runs the machine again.
+    pub fn place(self, handed: HandedOver) -> Result<Arrived, PagerError> {
+        let core = match self.register(handed) {
+            Ok(core) => Arc::new(core),
+            Err(error) => {
+                self.inner.refuse(&describe(&error));
+                return Err(error);
+            }
+        };
+        self.inner.tell(Command::Place(core.clone()));
+        Ok(Arrived {
+            inner: self.inner,
+            core,
+            switchover: self.switchover,
+        })
+    }
+
+    fn register(&self, handed: HandedOver) -> Result<Core, PagerError> {
+        check_same_pages(&self.inner.welcome.layout, &handed.layout)?;
+        let HandedOver {
+            layout,
+            memory,
+            uffd,
+        } = handed;
+        let installer = Installer::new(&layout, Arc::new(memory), uffd, Registration::Done)?;
+        let statistics = self.inner.statistics.clone();
+        let supply = Supply::Source(RequestQueue::default());
+        let verify = self.inner.options.verify;
+        Ok(Core::new(layout, installer, statistics, supply, verify))
+    }
+}
+
+/// The source sends whole pages of its own kind, so both must have the same.
+fn check_same_pages(theirs: &Layout, ours: &Layout) -> Result<(), MemoryError> {
+    let expected = theirs.bytes();
+    if ours.bytes() != expected {
+        return Err(MemoryError::ImageSize {
+            expected,
+            got: ours.bytes(),
+        });
+    }
+    for region in theirs.regions() {
+        if let Some(other) = ours
+            .regions()
+            .iter()
+            .find(|other| other.backing != region.backing)
+        {
+            return Err(MemoryError::RegionBacking {
+                region: other.name.clone(),
+                expected: region.backing,
+                got: other.backing,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// A machine that is this side's: it runs nowhere until [`Arrived::started`] or [`Arrived::refuse`]. Dropping it
@@ -361,6 +451,14 @@ impl Drop for Filling {
 }
 
 impl Move {
+    /// Waits until the machine is this side's.
+    fn switched(&self) -> Result<Arc<Switchover>, Arc<PagerError>> {
+        self.stage.wait(|stage| match stage {
+            Stage::Switched(switchover) => Some(switchover.clone()),
+            _ => None,
+        })
+    }
+
     fn tell(&self, command: Command) {
         // Fails only when the move is over, which the stage tells.
         let _ = self.commands.send(command);
@@ -403,7 +501,8 @@ pub fn fill_locally(
     Ok(())
 }
 
-async fn watch(core: Arc<Core>) {
+/// Serves the faults of this memory, for ever.
+pub(crate) async fn watch(core: Arc<Core>) {
     if let Err(error) = faults::watch(core).await {
         tracing::error!(%error, "the userfaultfd can't be watched; who touches an absent page waits");
     }
@@ -423,6 +522,26 @@ pub fn resume(offer: Offer, machine: &mut dyn DestinationMachine) -> Result<Fill
     let arrived = offer.take(Arc::new(memory))?;
     let run = machine.load(arrived.state()).and_then(|()| machine.start());
     match run {
+        Ok(()) => arrived.started(),
+        Err(error) => Err(arrived.refuse(&describe(error.as_ref()))),
+    }
+}
+
+/// [`resume`] for a monitor that makes its memory only when it is given the state.
+///
+/// # Errors
+/// [`PagerError`].
+pub fn resume_late(offer: Offer, machine: &mut dyn LateMachine) -> Result<Filling, PagerError> {
+    if let Err(error) = machine.prepare(offer.layout(), offer.machine()) {
+        return Err(offer.refuse(&describe(error.as_ref())));
+    }
+    let unplaced = offer.ask()?;
+    let handed = match machine.begin_load(unplaced.state()) {
+        Ok(handed) => handed,
+        Err(error) => return Err(unplaced.refuse(&describe(error.as_ref()))),
+    };
+    let arrived = unplaced.place(handed)?;
+    match machine.finish_load().and_then(|()| machine.start()) {
         Ok(()) => arrived.started(),
         Err(error) => Err(arrived.refuse(&describe(error.as_ref()))),
     }

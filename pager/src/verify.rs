@@ -50,6 +50,19 @@ impl Verifier {
         );
     }
 
+    /// The guest gave these pages back: there may never be anything to compare.
+    pub fn given_back(&self, range: PageRange) {
+        let mut pages = self.lock();
+        for page in range.pages() {
+            let Some(known) = pages.known.get_mut(page.as_usize()) else {
+                return;
+            };
+            if std::mem::replace(known, Known::Both) != Known::Both {
+                pages.open -= 1;
+            }
+        }
+    }
+
     /// The source says that these were the pages' digests.
     pub fn expected(&self, range: PageRange, digests: impl IntoIterator<Item = u64>) {
         self.lock().take(range, digests, Known::Expected);

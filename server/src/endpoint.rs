@@ -16,6 +16,7 @@ use quinn::rustls::pki_types::CertificateDer;
 use quinn::{Connection, Incoming, ServerConfig, TokioRuntime};
 use tokio::sync::Semaphore;
 
+use crate::fleet::{Fleet, FleetConfig};
 use crate::handover::{Event, Phase};
 use crate::session::{Session, SessionConfig, SessionStatus};
 use crate::{bulk, fault};
@@ -84,8 +85,16 @@ struct LaneEndpoint {
 
 struct Shared {
     sessions: DashMap<SessionId, Arc<Session>>,
+    /// What many destinations may have, each in a session of its own, by the ID in the ticket that they share.
+    fleets: DashMap<SessionId, Arc<Fleet>>,
     /// One permit a connection.
     connections: Arc<Semaphore>,
+}
+
+/// A machine for many destinations, as its owner sees it.
+#[derive(Clone, Debug)]
+pub struct FleetHandle {
+    fleet: Arc<Fleet>,
 }
 
 /// A session that was added, as its owner sees it.
@@ -105,6 +114,7 @@ impl Server {
         let (fault_socket, bulk_socket) = lazyvm_quic::bind_lanes(address).map_err(bind_error)?;
         let shared = Arc::new(Shared {
             sessions: DashMap::new(),
+            fleets: DashMap::new(),
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
         });
         let lane = |lane, config, socket| LaneEndpoint::start(lane, config, socket, shared.clone());
@@ -144,6 +154,33 @@ impl Server {
         Ok(SessionHandle { session })
     }
 
+    /// Serves one more machine, to any number of destinations at once: each that shows the ticket gets a session of its
+    /// own. For what never runs here (a snapshot), since every one of them runs it.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn add_fleet(&self, config: FleetConfig) -> Result<FleetHandle, ServerError> {
+        if self.shared.sessions.len() + self.shared.fleets.len() >= SESSIONS_MAX {
+            return Err(ServerError::TooManySessions);
+        }
+        let id = SessionId::random().map_err(|_| ServerError::Random)?;
+        let secret = Secret::random().map_err(|_| ServerError::Random)?;
+        let fleet = Arc::new(Fleet::new(id, secret, config));
+        self.shared.fleets.insert(id, fleet.clone());
+        Ok(FleetHandle { fleet })
+    }
+
+    /// The ticket that the destinations of a fleet share. It holds the secret.
+    pub fn fleet_ticket(&self, handle: &FleetHandle, addresses: Vec<SocketAddr>) -> Ticket {
+        Ticket {
+            addresses,
+            server: self.fingerprint,
+            session: handle.fleet.id(),
+            secret: handle.fleet.secret().clone(),
+            expires_at_s: handle.fleet.expires_at_s(),
+        }
+    }
+
     /// Forgets a session. Its connections are closed; a machine that was handed over stays paused.
     pub fn remove_session(&self, handle: &SessionHandle) {
         self.shared.sessions.remove(&handle.session.id);
@@ -170,6 +207,24 @@ impl Drop for Server {
     }
 }
 
+impl FleetHandle {
+    /// The ID in the ticket.
+    pub fn id(&self) -> SessionId {
+        self.fleet.id()
+    }
+
+    /// The sessions of destinations that came, as long as they are remembered.
+    pub fn sessions(&self) -> Vec<SessionHandle> {
+        let handle = |session| SessionHandle { session };
+        self.fleet.sessions().into_iter().map(handle).collect()
+    }
+
+    /// Lets nobody else in. Who is in stays.
+    pub fn close(&self) {
+        self.fleet.close();
+    }
+}
+
 impl SessionHandle {
     /// The session's ID.
     pub fn id(&self) -> SessionId {
@@ -179,6 +234,11 @@ impl SessionHandle {
     /// How far it is.
     pub fn status(&self) -> SessionStatus {
         self.session.status()
+    }
+
+    /// Whether its destination is connected.
+    pub fn is_connected(&self) -> bool {
+        self.session.is_connected()
     }
 
     /// Takes the offer back, unless the machine has been handed over: [`SessionHandle::outcome`] tells. The machine
@@ -240,7 +300,8 @@ impl LaneEndpoint {
 async fn accept(shared: Arc<Shared>, endpoint: quinn::Endpoint) {
     while let Some(incoming) = endpoint.accept().await {
         let used = CONNECTIONS_MAX - shared.connections.available_permits();
-        let known = 2 * shared.sessions.len();
+        let fleets = shared.fleets.iter().map(|fleet| fleet.len()).sum::<usize>();
+        let known = 2 * (shared.sessions.len() + fleets);
         if used >= known + HANDSHAKES_FREE && !incoming.remote_address_validated() {
             // Fails only for an address that is validated.
             let _ = incoming.retry();
@@ -261,6 +322,22 @@ async fn accept(shared: Arc<Shared>, endpoint: quinn::Endpoint) {
             }
             drop(permit);
         });
+    }
+}
+
+impl Shared {
+    /// The session that a hello is for: the ticket's own, or the peer's of a fleet.
+    fn session_for(&self, hello: &Hello, peer: Fingerprint) -> Result<Arc<Session>, Rejection> {
+        if let Some(session) = self.sessions.get(&hello.session) {
+            return Ok(session.value().clone());
+        }
+        let fleet = self
+            .fleets
+            .get(&hello.session)
+            .map(|found| found.value().clone());
+        fleet
+            .ok_or(Rejection::WrongSecret)?
+            .session_for(hello, peer)
     }
 }
 
@@ -288,12 +365,8 @@ async fn greet(shared: &Shared, incoming: Incoming) -> Result<Guest, String> {
         .await
         .map_err(|error| format!("no hello: {error}"))?;
     // A session that is not known and a wrong secret look the same from outside.
-    let session = shared
-        .sessions
-        .get(&hello.session)
-        .map(|found| found.value().clone());
-    let admitted = session
-        .ok_or(Rejection::WrongSecret)
+    let admitted = shared
+        .session_for(&hello, peer)
         .and_then(|session| session.admit(&hello, peer).map(|()| session));
     let answer = match &admitted {
         Ok(session) if hello.lane == Lane::Fault => session.welcome(&hello).map_or(

@@ -9,6 +9,7 @@
 mod bulk;
 mod endpoint;
 mod fault;
+mod fleet;
 mod frames;
 pub mod handover;
 pub mod port;
@@ -17,7 +18,8 @@ mod record;
 pub mod scheduler;
 mod session;
 
-pub use endpoint::{SESSIONS_MAX, Server, ServerError, SessionHandle};
+pub use endpoint::{FleetHandle, SESSIONS_MAX, Server, ServerError, SessionHandle};
+pub use fleet::FleetConfig;
 pub use handover::{EndReason, Phase};
 pub use rate::RateLimit;
 pub use record::{RecordError, RecordFile, RecordedPhase, SessionRecord, read_record};

@@ -209,6 +209,11 @@ impl Session {
         self.detached.notify_waiters();
     }
 
+    /// Whether its destination is there.
+    pub fn is_connected(&self) -> bool {
+        lock(&self.connections).iter().any(Option::is_some)
+    }
+
     pub fn has_bulk_lane(&self) -> bool {
         lock(&self.connections)[Lane::Bulk as usize].is_some()
     }

@@ -3,8 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lazyvm_pager::LazyMemory;
-use lazyvm_pager::port::{DestinationMachine, MachineError};
-use lazyvm_vmm_glue::kvm::Destination;
+use lazyvm_pager::port::{DestinationMachine, HandedOver, LateMachine, MachineError};
 use lazyvm_wire::{Layout, MachineOffer};
 
 use crate::exit::{self, Exit, Problem};
@@ -46,15 +45,15 @@ impl Cancel {
 }
 
 /// Refuses the machine at the next step once that is asked for, and keeps the exit code of a failure.
-pub struct Cancellable {
-    machine: Destination,
+pub struct Cancellable<M> {
+    machine: M,
     cancel: Cancel,
     exit: Option<Exit>,
 }
 
-impl Cancellable {
+impl<M> Cancellable<M> {
     /// Around `machine`.
-    pub fn new(machine: Destination, cancel: Cancel) -> Self {
+    pub fn new(machine: M, cancel: Cancel) -> Self {
         Self {
             machine,
             cancel,
@@ -80,7 +79,7 @@ impl Cancellable {
     }
 }
 
-impl DestinationMachine for Cancellable {
+impl<M: DestinationMachine> DestinationMachine for Cancellable<M> {
     fn prepare(
         &mut self,
         layout: &Layout,
@@ -96,6 +95,35 @@ impl DestinationMachine for Cancellable {
 
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
         let result = self.cancel.check().and_then(|()| self.machine.load(state));
+        self.note(result)
+    }
+
+    fn start(&mut self) -> Result<(), MachineError> {
+        let result = self.cancel.check().and_then(|()| self.machine.start());
+        self.note(result)
+    }
+}
+
+impl<M: LateMachine> LateMachine for Cancellable<M> {
+    fn prepare(&mut self, layout: &Layout, offer: &MachineOffer) -> Result<(), MachineError> {
+        let result = self
+            .cancel
+            .begin()
+            .and_then(|()| self.machine.prepare(layout, offer))
+            .and_then(|()| self.cancel.check());
+        self.note(result)
+    }
+
+    fn begin_load(&mut self, state: &[u8]) -> Result<HandedOver, MachineError> {
+        let result = self
+            .cancel
+            .check()
+            .and_then(|()| self.machine.begin_load(state));
+        self.note(result)
+    }
+
+    fn finish_load(&mut self) -> Result<(), MachineError> {
+        let result = self.machine.finish_load();
         self.note(result)
     }
 

@@ -1,7 +1,8 @@
 //! The hypervisors: what the page server and the pager need of each.
 //!
-//! [`kvm`] is lazyvm's own.
+//! [`kvm`] is lazyvm's own; [`firecracker`] is the real one, as it is.
 
+pub mod firecracker;
 pub mod kvm;
 pub mod plain;
 

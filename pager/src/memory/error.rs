@@ -72,6 +72,17 @@ pub enum MemoryError {
         /// Its bytes here.
         got: u64,
     },
+    /// Memory that was cut into other regions has another size.
+    #[error(
+        "memory sizes that differ: {expected} at the source, {got} here",
+        expected = Size(*.expected), got = Size(*.got)
+    )]
+    ImageSize {
+        /// Bytes at the source.
+        expected: u64,
+        /// Bytes here.
+        got: u64,
+    },
     /// A region of other pages.
     #[error(
         "page sizes that differ: region {region} has pages of {expected} at the source, of {got} here",

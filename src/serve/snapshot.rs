@@ -1,0 +1,128 @@
+//! `lazyvm serve --snapshot`: a Firecracker's snapshot, for as many destinations as come.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use lazyvm_server::{FleetConfig, FleetHandle, Phase, Server};
+use lazyvm_vmm_glue::firecracker::snapshot::{SnapshotFiles, SnapshotMachine};
+use lazyvm_wire::trust::Identity;
+use nix::sys::signal::Signal;
+use tokio::sync::mpsc;
+
+use super::{PROGRESS_EVERY, ServeArgs};
+use crate::exit::{Exit, Problem};
+use crate::signals::Signals;
+use crate::{addresses, ticket};
+
+/// As long as this command runs, to all intents and purposes.
+const TICKET_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// Which of a snapshot's files is which.
+#[derive(Args)]
+pub struct Files {
+    /// The snapshot's state file, in its directory [default: found by its name]
+    #[arg(long, value_name = "FILE", requires = "snapshot")]
+    state_file: Option<PathBuf>,
+    /// The snapshot's memory file, in its directory [default: found by its name]
+    #[arg(long, value_name = "FILE", requires = "snapshot")]
+    memory_file: Option<PathBuf>,
+    /// The snapshot's VM has its memory in huge pages of 2 MiB
+    #[arg(long, requires = "snapshot")]
+    huge_pages: bool,
+}
+
+/// Serves the snapshot in `directory` until a signal comes.
+pub fn serve(args: &ServeArgs, directory: &Path) -> anyhow::Result<Exit> {
+    if args.session_dir.is_some() {
+        let text = "--session-dir is for a VM that runs; a snapshot's files are all that its destinations need";
+        return Err(Problem::new(Exit::Usage, text).into());
+    }
+    let signals = Signals::hold().context("can't handle signals")?;
+    let flags = &args.files;
+    let files = SnapshotFiles::find(
+        directory,
+        flags.state_file.as_deref(),
+        flags.memory_file.as_deref(),
+    )?;
+    let machine = SnapshotMachine::open(&files, flags.huge_pages)?;
+    let identity = Identity::generate()?;
+    let server = Server::bind(args.listen, &identity)?;
+    let fleet = server.add_fleet(FleetConfig {
+        machine: Arc::new(machine),
+        ticket_lifetime: args.ticket_lifetime.unwrap_or(TICKET_LIFETIME),
+        max_bandwidth: args.bytes_a_second(),
+    })?;
+    let listening = server.local_addr().context("can't tell where it listens")?;
+    let reachable = addresses::advertised(listening, &args.advertise)?;
+    tracing::info!(
+        ticket = %fleet.id(),
+        %listening,
+        state = %files.state.display(),
+        memory = %files.memory.display(),
+        "waiting for destinations; the ticket is for all of them"
+    );
+    ticket::hand_out(
+        &server.fleet_ticket(&fleet, reachable),
+        args.ticket_file.as_deref(),
+    )?;
+    let (heard, signals_heard) = mpsc::unbounded_channel();
+    signals
+        .tell(move |signal| {
+            // Fails only when this command is ending.
+            let _ = heard.send(signal);
+        })
+        .context("can't handle signals")?;
+    tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .context("can't wait for destinations")?
+        .block_on(until_signalled(&fleet, signals_heard))
+}
+
+/// A first signal lets nobody else in and waits for those who need memory from here; a second one ends that.
+async fn until_signalled(
+    fleet: &FleetHandle,
+    mut signals: mpsc::UnboundedReceiver<Signal>,
+) -> anyhow::Result<Exit> {
+    // The sender lives as long as this runs.
+    let _ = signals.recv().await;
+    fleet.close();
+    let mut warned = false;
+    let mut ticks = tokio::time::interval(PROGRESS_EVERY);
+    loop {
+        let open = open_sessions(fleet);
+        if open == 0 {
+            return Ok(Exit::Done);
+        }
+        if !warned {
+            warned = true;
+            tracing::warn!(
+                destinations = open,
+                "nobody else is let in; this command ends when these destinations have all. A second signal ends it \
+                 now, and leaves their VMs without the rest"
+            );
+        }
+        tokio::select! {
+            _ = ticks.tick() => {}
+            Some(_) = signals.recv() => {
+                let text = format!("ended by a signal when {open} destinations still needed memory from here");
+                return Err(Problem::new(Exit::BrokenOff, text).into());
+            }
+        }
+    }
+}
+
+/// How many destinations are connected and still need something.
+fn open_sessions(fleet: &FleetHandle) -> usize {
+    fleet
+        .sessions()
+        .iter()
+        .filter(|session| {
+            session.is_connected()
+                && !matches!(session.status().phase, Phase::Moved | Phase::Ended(_))
+        })
+        .count()
+}

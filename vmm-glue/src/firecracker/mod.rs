@@ -1,0 +1,17 @@
+//! Firecracker, as it is: its API socket, its snapshots, and the page-fault socket that it gives its memory away on.
+//!
+//! What is known here of Firecracker comes from its own `docs/snapshotting/` and `src/firecracker/swagger/`, and from
+//! `src/vmm/src/persist.rs` of each release since 1.1.
+
+pub mod api;
+pub mod destination;
+mod folder;
+pub mod handshake;
+pub mod process;
+mod receive;
+pub mod snapshot;
+pub mod source;
+mod sys;
+
+/// The kind in the [`MachineOffer`](lazyvm_wire::MachineOffer) of a Firecracker.
+pub const KIND: &str = "firecracker";
