@@ -1,6 +1,7 @@
 //! `lazyvm resume`: the destination's side of a move.
 
 mod machine;
+mod qemu;
 
 use std::ffi::OsString;
 use std::mem::ManuallyDrop;
@@ -14,6 +15,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use lazyvm_pager::{Filling, InstallMode, Options, PagerError, Report};
 use lazyvm_vmm_glue::kvm::{Destination, DestinationConfig, SerialTarget};
+use lazyvm_vmm_glue::qemu::Command;
 use lazyvm_wire::Ticket;
 
 use crate::events::{Event, Events};
@@ -39,7 +41,7 @@ pub struct ResumeArgs {
     /// Take the VM into a fresh, idle Firecracker (not in this release)
     #[arg(long, value_name = "API_SOCK", conflicts_with_all = ["qemu", "control", "serial"])]
     firecracker: Option<PathBuf>,
-    /// Take the VM into the QEMU that is started with the command after -- (not in this release)
+    /// Take the VM into the QEMU that is started with the command after --
     #[arg(long, requires = "command", conflicts_with_all = ["control", "serial"])]
     qemu: bool,
     /// Make the VM's control socket here; without it, in a directory of its own, which the log names
@@ -66,7 +68,7 @@ pub struct ResumeArgs {
     /// Serve metrics for Prometheus here, at /metrics; loopback only
     #[arg(long, value_name = "127.0.0.1:PORT")]
     status_addr: Option<SocketAddr>,
-    /// The QEMU that takes the VM, and its arguments (not in this release)
+    /// The QEMU that takes the VM, and its arguments: the source's, without -incoming, with RAM of its own
     #[arg(last = true, value_name = "QEMU_COMMAND")]
     command: Vec<OsString>,
 }
@@ -100,7 +102,6 @@ impl ResumeArgs {
     fn refuse_what_is_not_there(&self) -> Result<(), Problem> {
         let later = [
             (self.firecracker.is_some(), "--firecracker"),
-            (self.qemu || !self.command.is_empty(), "--qemu"),
             (!self.disk.is_empty(), "--disk"),
         ];
         match later.iter().find(|(asked, _)| *asked) {
@@ -108,14 +109,33 @@ impl ResumeArgs {
             None => Ok(()),
         }
     }
+
+    /// The command that starts the QEMU that was asked for.
+    fn qemu_command(&self) -> Result<Option<Command>, Problem> {
+        match (self.qemu, self.command.split_first()) {
+            (false, None) => Ok(None),
+            (true, Some((program, arguments))) => Ok(Some(Command {
+                program: program.clone(),
+                arguments: arguments.to_vec(),
+            })),
+            _ => {
+                let text = "a QEMU is started with --qemu -- qemu-system-x86_64 ARGS...";
+                Err(Problem::new(Exit::Usage, text))
+            }
+        }
+    }
 }
 
 /// Takes the VM over and runs it here.
 pub fn resume(args: &ResumeArgs) -> anyhow::Result<Exit> {
     args.refuse_what_is_not_there()?;
+    let command = args.qemu_command()?;
     let signals = Signals::hold().context("can't handle signals")?;
     let ticket = ticket::read(&args.ticket)?;
     let page = args.status_addr.map(StatusPage::serve).transpose()?;
+    if let Some(command) = command {
+        return qemu::resume(args, command, ticket, signals, page.as_ref());
+    }
     let home = Home::new(args.control.as_deref())?;
     let destination = Destination::new(DestinationConfig {
         serial: args.serial.clone().unwrap_or(SerialTarget::Nothing),
@@ -134,7 +154,7 @@ pub fn resume(args: &ResumeArgs) -> anyhow::Result<Exit> {
     take_over(ticket, options, taking, events.sender())?;
     let filling = wait_for_start(&events, &cancel)?;
     tracing::info!(control = %home.control.display(), "the VM runs here; its memory arrives");
-    let report = fill(args, filling, &events, page.as_ref())?;
+    let report = fill(args, filling, &events, page.as_ref(), || None)?;
     let machine = ManuallyDrop::into_inner(machine);
     if let Some(machine) = machine.get() {
         machine.set_memory_complete();
@@ -244,6 +264,7 @@ fn fill(
     filling: Filling,
     events: &Events<Resumed>,
     page: Option<&StatusPage>,
+    ended: impl Fn() -> Option<String>,
 ) -> anyhow::Result<Report> {
     let mut meter = Meter::new();
     let mut warned = false;
@@ -259,6 +280,15 @@ fn fill(
         }
         if progress.done {
             break;
+        }
+        if let Some(how) = ended() {
+            // A failure is logged there, and this one weighs more.
+            let _ = write_report(args, &filling.report());
+            let text = format!(
+                "{how} when {} of {} pages had arrived",
+                progress.pages_here, progress.pages_total
+            );
+            return Err(Problem::new(Exit::BrokenOff, text).into());
         }
         match events.next_within(PROGRESS_EVERY) {
             Some(Event::Signal(_)) if warned => {

@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use lazyvm_server::{EndReason, Phase, Server, SessionConfig, SessionHandle, SessionRecord};
+use lazyvm_server::port::SourceMachine;
 use lazyvm_vmm_glue::kvm::RemoteMachine;
+use lazyvm_vmm_glue::qemu;
 use lazyvm_wire::trust::Identity;
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
@@ -67,7 +69,7 @@ struct Source {
     /// The control socket of a `lazyvm run` or `lazyvm resume`
     #[arg(long, value_name = "SOCK")]
     vm: Option<PathBuf>,
-    /// The QMP socket of a QEMU (not in this release)
+    /// A QMP socket of a running QEMU whose RAM is shared memory (share=on)
     #[arg(long, value_name = "QMP_SOCK")]
     qemu: Option<PathBuf>,
     /// The API socket of a Firecracker (not in this release)
@@ -92,31 +94,35 @@ pub enum Mode {
 }
 
 impl ServeArgs {
-    /// The VM's control socket, where all that is asked for can be done.
-    fn vm(&self) -> Result<&PathBuf, Problem> {
+    /// The VM, where all that is asked for can be done.
+    fn machine(&self) -> anyhow::Result<Arc<dyn SourceMachine>> {
         let later = [
-            (self.source.qemu.is_some(), "--qemu"),
             (self.source.firecracker.is_some(), "--firecracker"),
             (self.source.snapshot.is_some(), "--snapshot"),
             (!self.disk.is_empty(), "--disk"),
             (self.mode != Mode::Postcopy, "a --mode other than postcopy"),
         ];
         if let Some((_, what)) = later.iter().find(|(asked, _)| *asked) {
-            return Err(Problem::not_in_this_release(what));
+            return Err(Problem::not_in_this_release(what).into());
         }
-        self.source
-            .vm
-            .as_ref()
-            .ok_or_else(|| Problem::new(Exit::Usage, "name the VM with --vm SOCK"))
+        if let Some(vm) = &self.source.vm {
+            let machine = RemoteMachine::connect(vm)
+                .with_context(|| format!("can't serve the VM at {}", vm.display()))?;
+            return Ok(Arc::new(machine));
+        }
+        if let Some(qmp) = &self.source.qemu {
+            let machine = qemu::Source::connect(qmp)
+                .with_context(|| format!("can't serve the QEMU at {}", qmp.display()))?;
+            return Ok(Arc::new(machine));
+        }
+        Err(Problem::new(Exit::Usage, "name the VM with --vm SOCK or --qemu QMP_SOCK").into())
     }
 }
 
 /// Serves the VM until its destination has all of it, or until it is clear that it stays here.
 pub fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
-    let vm = args.vm()?;
     let signals = Signals::hold().context("can't handle signals")?;
-    let machine = RemoteMachine::connect(vm)
-        .with_context(|| format!("can't serve the VM at {}", vm.display()))?;
+    let machine = args.machine()?;
     let identity = Arc::new(Identity::generate()?);
     let record = args
         .session_dir
@@ -133,7 +139,7 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
             .filter(|&bits| bits > 0)
             .map(|bits| (bits / 8).max(1)),
         record,
-        ..SessionConfig::new(Arc::new(machine))
+        ..SessionConfig::new(machine)
     })?;
     let listening = server.local_addr().context("can't tell where it listens")?;
     let reachable = addresses::advertised(listening, &args.advertise)?;

@@ -4,7 +4,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lazyvm_pager::LazyMemory;
 use lazyvm_pager::port::{DestinationMachine, MachineError};
-use lazyvm_vmm_glue::kvm::Destination;
 use lazyvm_wire::{Layout, MachineOffer};
 
 use crate::exit::{self, Exit, Problem};
@@ -47,16 +46,16 @@ impl Cancel {
 
 /// Refuses the machine at the next step once that is asked for, and keeps the exit code of a failure.
 pub struct Cancellable {
-    machine: Destination,
+    machine: Box<dyn DestinationMachine>,
     cancel: Cancel,
     exit: Option<Exit>,
 }
 
 impl Cancellable {
     /// Around `machine`.
-    pub fn new(machine: Destination, cancel: Cancel) -> Self {
+    pub fn new(machine: impl DestinationMachine + 'static, cancel: Cancel) -> Self {
         Self {
-            machine,
+            machine: Box::new(machine),
             cancel,
             exit: None,
         }

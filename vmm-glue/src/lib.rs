@@ -1,9 +1,11 @@
 //! The hypervisors: what the page server and the pager need of each.
 //!
-//! [`kvm`] is lazyvm's own.
+//! [`kvm`] is lazyvm's own, [`qemu`] is QEMU as it is; [`attach`] is what the latter needs of any process.
 
+pub mod attach;
 pub mod kvm;
 pub mod plain;
+pub mod qemu;
 
 /// The program in `docs/library.md` is a test. It stands here because it names both ends, which never name each other.
 #[cfg(doctest)]
