@@ -15,6 +15,10 @@ use lazyvm_vmm_glue::kvm::source::RemoteError;
 use lazyvm_vmm_glue::kvm::{
     CompatibilityError, ControlError, HardwareError, LoadError, MemoryError,
 };
+use lazyvm_vmm_glue::attach::AttachError;
+use lazyvm_vmm_glue::qemu::{
+    DestinationError, MemoryError as QemuMemoryError, QmpError, SourceError,
+};
 use lazyvm_wire::TicketError;
 use lazyvm_wire::control::Rejection;
 
@@ -146,6 +150,8 @@ fn of_one(error: &(dyn Error + 'static)) -> Option<Exit> {
         .or_else(|| error.downcast_ref().and_then(of_firecracker_source))
         .or_else(|| error.downcast_ref().and_then(of_firecracker))
         .or_else(|| error.is::<SnapshotError>().then_some(Exit::Usage))
+        .or_else(|| error.downcast_ref().and_then(of_qemu_source))
+        .or_else(|| error.downcast_ref().and_then(of_qemu_destination))
         .or_else(|| error.is::<CompatibilityError>().then_some(Exit::Refused))
         .or_else(|| (error.is::<LoadError>() || error.is::<TicketError>()).then_some(Exit::Usage))
 }
@@ -259,6 +265,53 @@ fn of_remote(error: &RemoteError) -> Option<Exit> {
     match error {
         RemoteError::Control(error) => of_control(error),
         _ => None,
+    }
+}
+
+/// An error that shows itself as its cause has only that one's causes, so these are looked into here.
+fn of_qemu_source(error: &SourceError) -> Option<Exit> {
+    match error {
+        SourceError::Qmp(error) => of_qmp(error),
+        SourceError::Process(_) | SourceError::Peer { .. } => Some(Exit::Environment),
+        SourceError::Memory(error) => Some(of_qemu_memory(error)),
+        SourceError::NotRunning(_)
+        | SourceError::Migrating
+        | SourceError::Blocked(_)
+        | SourceError::OtherUser { .. } => Some(Exit::Usage),
+        SourceError::Transfer(_) | SourceError::DidNotRun(_) => None,
+    }
+}
+
+fn of_qemu_destination(error: &DestinationError) -> Option<Exit> {
+    match error {
+        DestinationError::Argument(_)
+        | DestinationError::VhostUser(_)
+        | DestinationError::InUse { .. } => Some(Exit::Usage),
+        DestinationError::Start { .. } | DestinationError::Silent(_) => Some(Exit::Environment),
+        DestinationError::Attach(error) => Some(of_attach(error)),
+        DestinationError::Memory(error) => Some(of_qemu_memory(error)),
+        _ => Some(Exit::Refused),
+    }
+}
+
+fn of_qmp(error: &QmpError) -> Option<Exit> {
+    matches!(
+        error,
+        QmpError::NotThere { .. } | QmpError::NoGreeting { .. }
+    )
+    .then_some(Exit::Environment)
+}
+
+fn of_attach(_: &AttachError) -> Exit {
+    Exit::Environment
+}
+
+fn of_qemu_memory(error: &QemuMemoryError) -> Exit {
+    match error {
+        QemuMemoryError::Process(error) => of_attach(error),
+        QemuMemoryError::File { .. } => Exit::Environment,
+        QemuMemoryError::Qmp(_) => Exit::Failed,
+        _ => Exit::Usage,
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod firecracker;
 mod machine;
+mod qemu;
 
 use std::ffi::OsString;
 use std::mem::ManuallyDrop;
@@ -15,6 +16,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use lazyvm_pager::{Filling, InstallMode, Offer, Options, PagerError, Report};
 use lazyvm_vmm_glue::kvm::{Destination, DestinationConfig, SerialTarget};
+use lazyvm_vmm_glue::qemu::Command;
 use lazyvm_wire::Ticket;
 
 use crate::events::{Event, Events};
@@ -40,7 +42,7 @@ pub struct ResumeArgs {
     /// Take the VM into a fresh, idle Firecracker, by its API socket; it runs on there when this command has ended
     #[arg(long, value_name = "API_SOCK", conflicts_with_all = ["qemu", "control", "serial", "stay", "install"])]
     firecracker: Option<PathBuf>,
-    /// Take the VM into the QEMU that is started with the command after -- (not in this release)
+    /// Take the VM into the QEMU that is started with the command after --
     #[arg(long, requires = "command", conflicts_with_all = ["control", "serial"])]
     qemu: bool,
     /// Make the VM's control socket here; without it, in a directory of its own, which the log names
@@ -67,7 +69,7 @@ pub struct ResumeArgs {
     /// Serve metrics for Prometheus here, at /metrics; loopback only
     #[arg(long, value_name = "127.0.0.1:PORT")]
     status_addr: Option<SocketAddr>,
-    /// The QEMU that takes the VM, and its arguments (not in this release)
+    /// The QEMU that takes the VM, and its arguments: the source's, without -incoming, with RAM of its own
     #[arg(last = true, value_name = "QEMU_COMMAND")]
     command: Vec<OsString>,
 }
@@ -100,12 +102,26 @@ struct Resumed {
 impl ResumeArgs {
     fn refuse_what_is_not_there(&self) -> Result<(), Problem> {
         let later = [
-            (self.qemu || !self.command.is_empty(), "--qemu"),
             (!self.disk.is_empty(), "--disk"),
         ];
         match later.iter().find(|(asked, _)| *asked) {
             Some((_, what)) => Err(Problem::not_in_this_release(what)),
             None => Ok(()),
+        }
+    }
+
+    /// The command that starts the QEMU that was asked for.
+    fn qemu_command(&self) -> Result<Option<Command>, Problem> {
+        match (self.qemu, self.command.split_first()) {
+            (false, None) => Ok(None),
+            (true, Some((program, arguments))) => Ok(Some(Command {
+                program: program.clone(),
+                arguments: arguments.to_vec(),
+            })),
+            _ => {
+                let text = "a QEMU is started with --qemu -- qemu-system-x86_64 ARGS...";
+                Err(Problem::new(Exit::Usage, text))
+            }
         }
     }
 }
@@ -116,9 +132,13 @@ pub fn resume(args: &ResumeArgs) -> anyhow::Result<Exit> {
     if let Some(api) = &args.firecracker {
         return firecracker::resume(args, api);
     }
+    let command = args.qemu_command()?;
     let signals = Signals::hold().context("can't handle signals")?;
     let ticket = ticket::read(&args.ticket)?;
     let page = args.status_addr.map(StatusPage::serve).transpose()?;
+    if let Some(command) = command {
+        return qemu::resume(args, command, ticket, signals, page.as_ref());
+    }
     let home = Home::new(args.control.as_deref())?;
     let destination = Destination::new(DestinationConfig {
         serial: args.serial.clone().unwrap_or(SerialTarget::Nothing),
@@ -141,7 +161,7 @@ pub fn resume(args: &ResumeArgs) -> anyhow::Result<Exit> {
     })?;
     let filling = wait_for_start(&events, &cancel)?;
     tracing::info!(control = %home.control.display(), "the VM runs here; its memory arrives");
-    let report = fill(args, filling, &events, page.as_ref(), &|| false)?;
+    let report = fill(args, filling, &events, page.as_ref(), || None)?;
     let machine = ManuallyDrop::into_inner(machine);
     if let Some(machine) = machine.get() {
         machine.set_memory_complete();
@@ -250,7 +270,7 @@ fn fill(
     filling: Filling,
     events: &Events<Resumed>,
     page: Option<&StatusPage>,
-    has_ended: &dyn Fn() -> bool,
+    ended: impl Fn() -> Option<String>,
 ) -> anyhow::Result<Report> {
     let mut meter = Meter::new();
     let mut warned = false;
@@ -267,11 +287,11 @@ fn fill(
         if progress.done {
             break;
         }
-        if has_ended() {
+        if let Some(how) = ended() {
             // A failure is logged there, and this one weighs more.
             let _ = write_report(args, &filling.report());
             let text = format!(
-                "the VM's process ended when {} of {} pages had arrived",
+                "{how} when {} of {} pages had arrived",
                 progress.pages_here, progress.pages_total
             );
             return Err(Problem::new(Exit::BrokenOff, text).into());

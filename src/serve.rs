@@ -14,6 +14,7 @@ use lazyvm_server::{EndReason, Phase, Server, SessionConfig, SessionHandle, Sess
 use lazyvm_vmm_glue::firecracker::api::Api;
 use lazyvm_vmm_glue::firecracker::source::FirecrackerMachine;
 use lazyvm_vmm_glue::kvm::RemoteMachine;
+use lazyvm_vmm_glue::qemu;
 use lazyvm_wire::trust::Identity;
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
@@ -80,7 +81,7 @@ struct Source {
     /// The control socket of a `lazyvm run` or `lazyvm resume`
     #[arg(long, value_name = "SOCK")]
     vm: Option<PathBuf>,
-    /// The QMP socket of a QEMU (not in this release)
+    /// A QMP socket of a running QEMU whose RAM is shared memory (share=on)
     #[arg(long, value_name = "QMP_SOCK")]
     qemu: Option<PathBuf>,
     /// The API socket of a Firecracker
@@ -107,7 +108,6 @@ pub enum Mode {
 impl ServeArgs {
     fn refuse_what_is_not_there(&self) -> Result<(), Problem> {
         let later = [
-            (self.source.qemu.is_some(), "--qemu"),
             (!self.disk.is_empty(), "--disk"),
             (self.mode != Mode::Postcopy, "a --mode other than postcopy"),
         ];
@@ -122,6 +122,11 @@ impl ServeArgs {
         if let Some(api) = &self.source.firecracker {
             let machine = FirecrackerMachine::connect(Api::at(api), self.scratch.as_deref())
                 .with_context(|| format!("can't serve the Firecracker at {}", api.display()))?;
+            return Ok(Arc::new(machine));
+        }
+        if let Some(qmp) = &self.source.qemu {
+            let machine = qemu::Source::connect(qmp)
+                .with_context(|| format!("can't serve the QEMU at {}", qmp.display()))?;
             return Ok(Arc::new(machine));
         }
         let vm = self

@@ -9,15 +9,16 @@ mod error;
 use std::any::Any;
 use std::fmt;
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use lazyvm_wire::{Backing, Layout, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange};
 use nix::errno::Errno;
 
 pub(crate) use self::error::Size;
 pub use self::error::{AccessError, MemoryError};
+use crate::install::Registration;
 use crate::sys::{self, Mapping};
-use crate::uffd::Place;
+use crate::uffd::{Place, Uffd};
 
 /// How pages are put into memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +62,8 @@ pub struct LazyMemory {
     by_address: Vec<usize>,
     /// Keeps the mappings alive for as long as the pager runs.
     _owner: Arc<dyn Any + Send + Sync>,
+    /// What the other process handed over, until the pager takes it.
+    userfaultfd: Mutex<Option<(Uffd, Registration)>>,
 }
 
 impl fmt::Debug for LazyMemory {
@@ -174,7 +177,25 @@ impl LazyMemory {
             starts,
             by_address,
             _owner: owner,
+            userfaultfd: Mutex::new(None),
         })
+    }
+
+    /// The memory with the userfaultfd that is to fill it: of another process there is no other way. The pager takes it
+    /// from here where it would open one of its own otherwise.
+    #[must_use]
+    pub fn with_userfaultfd(self, uffd: Uffd, registration: Registration) -> Self {
+        Self {
+            userfaultfd: Mutex::new(Some((uffd, registration))),
+            ..self
+        }
+    }
+
+    pub(crate) fn take_userfaultfd(&self) -> Option<(Uffd, Registration)> {
+        self.userfaultfd
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 
     /// Checks that this is memory for `layout`: as many regions, each of its size and of its page size.

@@ -211,8 +211,14 @@ impl Offer {
     }
 
     fn register(&self, memory: Arc<LazyMemory>) -> Result<Core, PagerError> {
-        let uffd = Uffd::open(&memory, self.0.options.removals)?;
-        let installer = Installer::new(self.layout(), memory, uffd, Registration::Register)?;
+        let (uffd, registration) = match memory.take_userfaultfd() {
+            Some(handed_over) => handed_over,
+            None => (
+                Uffd::open(&memory, self.0.options.removals)?,
+                Registration::Register,
+            ),
+        };
+        let installer = Installer::new(self.layout(), memory, uffd, registration)?;
         let statistics = self.0.statistics.clone();
         let supply = Supply::Source(RequestQueue::default());
         let verify = self.0.options.verify;

@@ -246,7 +246,7 @@ impl Uffd {
     ///
     /// # Errors
     /// [`RegisterError::Refused`] names the region. Those before it are registered.
-    pub(crate) fn register(&self, memory: &LazyMemory) -> Result<(), RegisterError> {
+    pub fn register(&self, memory: &LazyMemory) -> Result<(), RegisterError> {
         // With MINOR alone, the kernel would fill a hole of the file with zeros by itself.
         let mode = match memory.mode() {
             InstallMode::Missing => RegisterMode::MISSING,
@@ -366,7 +366,7 @@ fn raw_event(event: CrateEvent) -> Result<RawEvent, EventError> {
     }
 }
 
-fn features_for(memory: &LazyMemory, removals: bool) -> u64 {
+pub(crate) fn features_for(memory: &LazyMemory, removals: bool) -> u64 {
     let mut features = THREAD_ID;
     if removals {
         features |= EVENT_REMOVE;

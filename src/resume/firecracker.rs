@@ -36,7 +36,9 @@ pub fn resume(args: &ResumeArgs, api: &Path) -> anyhow::Result<Exit> {
     })?;
     let filling = wait_for_start(&events, &cancel)?;
     tracing::info!(api = %api.display(), "the VM runs in Firecracker; its memory arrives");
-    let report = fill(args, filling, &events, page.as_ref(), &|| life.has_ended())?;
+    let report = fill(args, filling, &events, page.as_ref(), || {
+        life.has_ended().then(|| "Firecracker ended".to_owned())
+    })?;
     let written = write_report(args, &report);
     tell(&report);
     check(&report).and_then(|exit| written.map(|()| exit))

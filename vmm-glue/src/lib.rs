@@ -1,10 +1,13 @@
 //! The hypervisors: what the page server and the pager need of each.
 //!
-//! [`kvm`] is lazyvm's own; [`firecracker`] is the real one, as it is.
+//! [`kvm`] is lazyvm's own; [`qemu`] and [`firecracker`] are the real ones, as they are; [`attach`] is what QEMU needs of any
+//! process.
 
+pub mod attach;
 pub mod firecracker;
 pub mod kvm;
 pub mod plain;
+pub mod qemu;
 
 /// The program in `docs/library.md` is a test. It stands here because it names both ends, which never name each other.
 #[cfg(doctest)]

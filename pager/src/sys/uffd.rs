@@ -9,7 +9,8 @@ use nix::errno::Errno;
 use nix::libc;
 use userfaultfd::Error as CrateError;
 
-use crate::uffd::{Place, Progress, Uffd};
+use crate::memory::LazyMemory;
+use crate::uffd::{OpenError, Place, Progress, Uffd, features_for};
 
 /// `struct uffdio_api` of `linux/userfaultfd.h`.
 #[repr(C)]
@@ -116,6 +117,26 @@ impl Uffd {
         let flags = nix::fcntl::OFlag::from_bits_retain(flags) | nix::fcntl::OFlag::O_NONBLOCK;
         nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFL(flags))?;
         Ok(Self::of(adopt(fd), features, Place::OtherProcess))
+    }
+
+    /// A userfaultfd that another process has just opened, without its handshake, which is done here with the features
+    /// that `memory` needs; `removals` as for [`Uffd::open`].
+    ///
+    /// # Errors
+    /// [`OpenError`]: it is none, or this kernel lacks a feature.
+    ///
+    /// # Safety
+    /// If `fd` is a userfaultfd, it is of another process than this one.
+    pub unsafe fn of_other_process(
+        fd: OwnedFd,
+        memory: &LazyMemory,
+        removals: bool,
+    ) -> Result<Self, OpenError> {
+        let features = features_for(memory, removals);
+        handshake(&fd, features).map_err(OpenError::System)?;
+        // SAFETY: the handshake has just succeeded, so it is a userfaultfd; whose, the caller says.
+        unsafe { Self::from_owned_fd(fd, features) }
+            .map_err(|error| OpenError::System(Errno::try_from(error).unwrap_or(Errno::EIO)))
     }
 }
 

@@ -1,0 +1,329 @@
+//! A process to be attached to.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::thread;
+use std::time::Duration;
+
+use lazyvm_pager::LazyMemory;
+use lazyvm_pager::uffd::{OpenError, Uffd};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::inject::{self, InjectError};
+use super::maps::{Mapping, MapsError, Mappings};
+use super::sys;
+
+/// The `syscall` instruction of x86-64.
+const SYSCALL: [u8; 2] = [0x0f, 0x05];
+
+/// How much of a mapping is searched for it.
+const SEARCH_BYTES: u64 = 2 << 20;
+
+/// `USERFAULTFD_IOC_NEW` of `linux/userfaultfd.h`.
+const USERFAULTFD_IOC_NEW: u64 = 0xaa00;
+
+/// The device that gives a userfaultfd to whoever could open it.
+pub(crate) const DEVICE: &str = "/dev/userfaultfd";
+
+/// How often a thread that can be interrupted is looked for.
+const ATTEMPTS: usize = 50;
+
+/// A process that can't be attached to.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// It is this one.
+    #[error("process {0} is lazyvm itself")]
+    Own(i32),
+    /// There is none.
+    #[error("there is no process {pid}")]
+    Gone {
+        /// The number.
+        pid: i32,
+        /// The system's answer.
+        #[source]
+        source: Errno,
+    },
+    /// Its memory map.
+    #[error(transparent)]
+    Maps(#[from] MapsError),
+    /// What `/proc` tells of it can't be read.
+    #[error("can't look at process {pid}: run lazyvm as root or as that process's user")]
+    Look {
+        /// The process.
+        pid: i32,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// No instruction to use.
+    #[error("process {0} has no syscall instruction where one is looked for")]
+    NoInstruction(i32),
+    /// All are in system calls that would notice.
+    #[error("every thread of process {0} is in a system call that a stop would break")]
+    NoThread(i32),
+    /// A thread can't be used.
+    #[error("can't attach to process {pid}")]
+    Inject {
+        /// The process.
+        pid: i32,
+        /// Why.
+        #[source]
+        source: InjectError,
+    },
+    /// A seccomp filter that can't be lifted.
+    #[error(
+        "process {0} is under a seccomp filter, which may kill it for a userfaultfd system call; run lazyvm as root, on \
+         a kernel with CONFIG_CHECKPOINT_RESTORE, or start the process without the filter"
+    )]
+    Seccomp(i32),
+    /// The process may not have a userfaultfd.
+    #[error(
+        "process {pid} may not use userfaultfd: set the sysctl vm.unprivileged_userfaultfd to 1, or give lazyvm access \
+         to /dev/userfaultfd, or run that process as root"
+    )]
+    Forbidden {
+        /// The process.
+        pid: i32,
+        /// The system's answer.
+        #[source]
+        source: Errno,
+    },
+    /// The descriptor can't be brought over.
+    #[error("can't take the userfaultfd over from process {pid}")]
+    Fetch {
+        /// The process.
+        pid: i32,
+        /// The system's answer.
+        #[source]
+        source: Errno,
+    },
+    /// The kernel's userfaultfd lacks something.
+    #[error("can't use the userfaultfd of process {pid}")]
+    Open {
+        /// The process.
+        pid: i32,
+        /// Why.
+        #[source]
+        source: OpenError,
+    },
+    /// No thread of ours.
+    #[error("can't start a thread")]
+    Thread(#[source] io::Error),
+}
+
+/// A userfaultfd of another process.
+#[derive(Debug)]
+pub struct Attached {
+    /// The descriptor, here. The process keeps its own, so what is registered stays so when this side ends.
+    pub uffd: Uffd,
+    /// For how long one of its threads was stopped.
+    pub stopped: Duration,
+}
+
+/// Another process, held by a pidfd.
+#[derive(Debug)]
+pub struct Process {
+    pid: i32,
+    pidfd: OwnedFd,
+}
+
+impl Process {
+    /// The process of this number.
+    ///
+    /// # Errors
+    /// [`AttachError::Gone`], [`AttachError::Own`].
+    pub fn open(pid: i32) -> Result<Self, AttachError> {
+        if pid == std::process::id() as i32 {
+            return Err(AttachError::Own(pid));
+        }
+        let pidfd = sys::pidfd_open(pid).map_err(|source| AttachError::Gone { pid, source })?;
+        Ok(Self { pid, pidfd })
+    }
+
+    /// Its number.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> bool {
+        self.wait(PollTimeout::ZERO)
+    }
+
+    /// Waits for its end for so long; whether it came.
+    pub fn wait(&self, timeout: PollTimeout) -> bool {
+        let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, timeout), Ok(ready) if ready > 0)
+    }
+
+    /// Ends it at once.
+    pub(crate) fn kill(&self) {
+        // It may have ended already.
+        let _ = sys::pidfd_kill(self.pidfd.as_fd());
+    }
+
+    /// What it has mapped.
+    ///
+    /// # Errors
+    /// [`AttachError::Maps`].
+    pub fn mappings(&self) -> Result<Mappings, AttachError> {
+        Ok(Mappings::of(self.pid)?)
+    }
+
+    /// The file behind a mapping, through `/proc`: whatever its name is now, in whichever mount namespace, and for memfds.
+    ///
+    /// # Errors
+    /// [`AttachError::Look`].
+    pub fn open_file_of(&self, mapping: &Mapping, writable: bool) -> Result<File, AttachError> {
+        let pid = self.pid;
+        let look = |source| AttachError::Look { pid, source };
+        let open = |path: &str| File::options().read(true).write(writable).open(path);
+        let is_it = |found: &fs::Metadata| {
+            let device = found.dev();
+            (libc::major(device).into(), libc::minor(device).into()) == mapping.device
+                && found.ino() == mapping.inode
+        };
+        for entry in fs::read_dir(format!("/proc/{pid}/fd")).map_err(look)? {
+            let path = entry.map_err(look)?.path();
+            if fs::metadata(&path).is_ok_and(|found| is_it(&found)) {
+                return open(&path.to_string_lossy()).map_err(look);
+            }
+        }
+        let (start, end) = (mapping.start, mapping.end);
+        open(&format!("/proc/{pid}/map_files/{start:x}-{end:x}")).map_err(look)
+    }
+
+    /// A userfaultfd of its own for `memory`, which is memory of it; `removals` as for [`Uffd::open`].
+    ///
+    /// # Errors
+    /// [`AttachError`] names the setting that is in the way. The process goes on in any case.
+    pub fn userfaultfd(
+        &self,
+        memory: &LazyMemory,
+        removals: bool,
+    ) -> Result<Attached, AttachError> {
+        let pid = self.pid;
+        let instruction = self.find_instruction()?;
+        let options = if self.has_seccomp_filter() {
+            sys::SUSPEND_SECCOMP
+        } else {
+            0
+        };
+        // Without UFFD_USER_MODE_ONLY: faults of KVM and of system calls come from kernel mode.
+        let flags = (OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).bits() as u64;
+        let mut calls = Vec::new();
+        if let Some(device) = self.device() {
+            calls.push([libc::SYS_ioctl as u64, device, USERFAULTFD_IOC_NEW, flags]);
+        }
+        calls.push([libc::SYS_userfaultfd as u64, flags, 0, 0]);
+        let thread = self.find_thread()?;
+        // What a thread traces is let go at the latest when that thread ends.
+        let injected = thread::scope(|scope| {
+            let run = || inject::run(thread, instruction, &calls, options);
+            thread::Builder::new()
+                .name("attach".to_owned())
+                .spawn_scoped(scope, run)
+                .map(|running| running.join())
+        })
+        .map_err(AttachError::Thread)?
+        .map_err(|_| AttachError::NoThread(pid))?
+        .map_err(|source| match source {
+            InjectError::Refused { .. } if options != 0 => AttachError::Seccomp(pid),
+            source => AttachError::Inject { pid, source },
+        })?;
+        let theirs = i32::try_from(injected.result).unwrap_or(-libc::EBADF);
+        if theirs < 0 {
+            let source = Errno::from_raw(-theirs);
+            return Err(AttachError::Forbidden { pid, source });
+        }
+        let fd = sys::pidfd_getfd(self.pidfd.as_fd(), theirs)
+            .map_err(|source| AttachError::Fetch { pid, source })?;
+        let uffd = sys::adopt(fd, memory, removals)
+            .map_err(|source| AttachError::Open { pid, source })?;
+        tracing::info!(
+            pid,
+            stopped_us = injected.stopped.as_micros() as u64,
+            "attached"
+        );
+        Ok(Attached {
+            uffd,
+            stopped: injected.stopped,
+        })
+    }
+
+    /// A thread that does not notice a stop, its first one if possible.
+    fn find_thread(&self) -> Result<i32, AttachError> {
+        let pid = self.pid;
+        for _ in 0..ATTEMPTS {
+            let mut threads = self.threads()?;
+            threads.sort_unstable_by_key(|&thread| (thread != pid, thread));
+            let found = threads
+                .into_iter()
+                .find(|&thread| inject::can_be_interrupted(pid, thread));
+            if let Some(thread) = found {
+                return Ok(thread);
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+        Err(AttachError::NoThread(pid))
+    }
+
+    fn threads(&self) -> Result<Vec<i32>, AttachError> {
+        let pid = self.pid;
+        let look = |source| AttachError::Look { pid, source };
+        let entries = fs::read_dir(format!("/proc/{pid}/task")).map_err(look)?;
+        Ok(entries
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .collect())
+    }
+
+    /// Whether any of its threads is under a filter (`Seccomp: 2` in `proc_pid_status(5)`) or in strict mode.
+    fn has_seccomp_filter(&self) -> bool {
+        let threads = self.threads().unwrap_or_default();
+        threads.iter().any(|thread| {
+            fs::read_to_string(format!("/proc/{}/task/{thread}/status", self.pid))
+                .unwrap_or_default()
+                .lines()
+                .filter_map(|line| line.strip_prefix("Seccomp:"))
+                .any(|mode| mode.trim() != "0")
+        })
+    }
+
+    /// Its descriptor of [`DEVICE`], where it has inherited one.
+    fn device(&self) -> Option<u64> {
+        let entries = fs::read_dir(format!("/proc/{}/fd", self.pid)).ok()?;
+        entries
+            .filter_map(Result::ok)
+            .find(|entry| fs::read_link(entry.path()).is_ok_and(|to| to.as_os_str() == DEVICE))
+            .and_then(|entry| entry.file_name().to_str()?.parse().ok())
+    }
+
+    /// A `syscall` instruction: in the kernel's own mapping, else in the C library, else anywhere.
+    fn find_instruction(&self) -> Result<u64, AttachError> {
+        let pid = self.pid;
+        let mappings = self.mappings()?;
+        let memory = File::open(format!("/proc/{pid}/mem"))
+            .map_err(|source| AttachError::Look { pid, source })?;
+        let mut code: Vec<_> = mappings.iter().filter(|found| found.executable).collect();
+        code.sort_by_key(|found| match found.name.as_str() {
+            "[vdso]" => 0,
+            name if name.contains("libc") => 1,
+            "[vsyscall]" => 3,
+            _ => 2,
+        });
+        code.into_iter()
+            .find_map(|found| {
+                let length = (found.end - found.start).min(SEARCH_BYTES);
+                let mut bytes = vec![0; usize::try_from(length).ok()?];
+                memory.read_exact_at(&mut bytes, found.start).ok()?;
+                let at = bytes.windows(2).position(|pair| pair == SYSCALL)?;
+                Some(found.start + at as u64)
+            })
+            .ok_or(AttachError::NoInstruction(pid))
+    }
+}

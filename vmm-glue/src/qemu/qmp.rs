@@ -1,0 +1,337 @@
+//! A client of the QEMU machine protocol: QEMU's `docs/interop/qmp-spec`.
+//!
+//! One command at a time; what comes besides (events) is passed over: what is waited for is asked for, so that no event
+//! can be missed.
+
+use std::io::{self, IoSlice, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{
+    ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt::PeerCredentials,
+};
+use serde_json::{Value, json};
+
+/// Longest line that is taken, in bytes: a memory tree of thousands of regions fits.
+const LINE_MAX: usize = 16 << 20;
+
+/// How long QEMU may take for an answer. Its main loop may wait for a disk or for a page.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+
+/// How long it may take to greet: it does so at once, but serves one client at a time.
+const GREETING_WITHIN: Duration = Duration::from_secs(5);
+
+/// A conversation that fails.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// Nobody is there.
+    #[error("no QEMU answers at {}: start it with -qmp unix:{},server=on,wait=off", path.display(), path.display())]
+    NotThere {
+        /// Where.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// No greeting came.
+    #[error(
+        "{} does not greet as QMP does: it is no QMP socket, or another client is connected to it, of which QEMU serves \
+         one at a time; give QEMU one more -qmp for lazyvm", path.display()
+    )]
+    NoGreeting {
+        /// Where.
+        path: PathBuf,
+        /// What came instead.
+        #[source]
+        source: io::Error,
+    },
+    /// QEMU ended or closed.
+    #[error("the connection to QEMU was lost at {command}")]
+    Lost {
+        /// Doing what.
+        command: String,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// QEMU refused.
+    #[error("QEMU refuses {command}: {text}")]
+    Refused {
+        /// What.
+        command: String,
+        /// In its own words.
+        text: String,
+    },
+    /// An answer of another form.
+    #[error("QEMU's answer to {command} lacks {field}")]
+    Unexpected {
+        /// To what.
+        command: String,
+        /// What is missing.
+        field: &'static str,
+    },
+}
+
+/// A connection.
+#[derive(Debug)]
+pub struct Qmp {
+    stream: UnixStream,
+    pending: Vec<u8>,
+    version: String,
+}
+
+impl Qmp {
+    /// Connects and takes the greeting.
+    ///
+    /// # Errors
+    /// [`QmpError`]; QEMU is not disturbed.
+    pub fn connect(path: &Path) -> Result<Self, QmpError> {
+        let stream = UnixStream::connect(path).map_err(|source| QmpError::NotThere {
+            path: path.to_owned(),
+            source,
+        })?;
+        let mut qmp = Self {
+            stream,
+            pending: Vec::new(),
+            version: String::new(),
+        };
+        let greeting = qmp
+            .line(Instant::now() + GREETING_WITHIN)
+            .and_then(|line| version(&line).ok_or_else(|| invalid("no greeting")));
+        qmp.version = greeting.map_err(|source| QmpError::NoGreeting {
+            path: path.to_owned(),
+            source,
+        })?;
+        qmp.run("qmp_capabilities", json!({}))?;
+        Ok(qmp)
+    }
+
+    /// QEMU's version, to be shown.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// The process at the other end: it called `listen(2)`.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn peer(&self) -> io::Result<i32> {
+        Ok(getsockopt(&self.stream, PeerCredentials)?.pid())
+    }
+
+    /// Runs a command and gives what it returns.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        self.exchange(command, &arguments, None)
+    }
+
+    /// Hands QEMU a descriptor, which it knows by this name from then on (`getfd`).
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn give(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<(), QmpError> {
+        self.exchange("getfd", &json!({ "fdname": name }), Some(fd))
+            .map(drop)
+    }
+
+    /// Runs a command of the human monitor, for what QMP has no command.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn human(&mut self, line: &str) -> Result<String, QmpError> {
+        let answer = self.run("human-monitor-command", json!({ "command-line": line }))?;
+        match answer {
+            Value::String(text) => Ok(text),
+            _ => Err(QmpError::Unexpected {
+                command: line.to_owned(),
+                field: "text",
+            }),
+        }
+    }
+
+    /// The VM's run state: `running`, `paused`, `inmigrate`, …
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn status(&mut self) -> Result<String, QmpError> {
+        let answer = self.run("query-status", json!({}))?;
+        text(&answer, "query-status", "status")
+    }
+
+    fn exchange(
+        &mut self,
+        command: &str,
+        arguments: &Value,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Value, QmpError> {
+        let lost = |source| QmpError::Lost {
+            command: command.to_owned(),
+            source,
+        };
+        let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
+        request.push('\n');
+        self.send(request.as_bytes(), fd).map_err(lost)?;
+        let deadline = Instant::now() + ANSWER_WITHIN;
+        loop {
+            let line = self.line(deadline).map_err(lost)?;
+            let mut answer: Value = serde_json::from_slice(&line)
+                .map_err(|error| lost(io::Error::new(io::ErrorKind::InvalidData, error)))?;
+            if let Some(value) = answer.get_mut("return") {
+                return Ok(value.take());
+            }
+            if let Some(error) = answer.get("error") {
+                let text = error.get("desc").and_then(Value::as_str);
+                return Err(QmpError::Refused {
+                    command: command.to_owned(),
+                    text: text.unwrap_or("no reason given").to_owned(),
+                });
+            }
+            tracing::trace!(%answer, "qemu");
+        }
+    }
+
+    fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        self.stream.set_write_timeout(Some(ANSWER_WITHIN))?;
+        let fds: Vec<_> = fd.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let mut control = if fd.is_some() { &rights[..] } else { &[] };
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let sent = sendmsg::<()>(
+                self.stream.as_fd().as_raw_fd(),
+                &[IoSlice::new(rest)],
+                control,
+                MsgFlags::MSG_NOSIGNAL,
+                None,
+            )?;
+            control = &[];
+            rest = &rest[sent..];
+        }
+        Ok(())
+    }
+
+    /// The next line.
+    fn line(&mut self, deadline: Instant) -> io::Result<Vec<u8>> {
+        let mut searched = 0;
+        loop {
+            if let Some(end) = self.pending[searched..].iter().position(|&byte| byte == b'\n') {
+                let rest = self.pending.split_off(searched + end + 1);
+                return Ok(std::mem::replace(&mut self.pending, rest));
+            }
+            searched = self.pending.len();
+            if searched > LINE_MAX {
+                return Err(invalid("a line that is too long"));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(left))?;
+            let mut piece = [0; 8192];
+            match self.stream.read(&mut piece) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(length) => self.pending.extend_from_slice(&piece[..length]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// A text field of an answer.
+pub(super) fn text(
+    answer: &Value,
+    command: &str,
+    field: &'static str,
+) -> Result<String, QmpError> {
+    answer
+        .get(field)
+        .and_then(Value::as_str)
+        .map(str::to_owned)
+        .ok_or_else(|| QmpError::Unexpected {
+            command: command.to_owned(),
+            field,
+        })
+}
+
+fn invalid(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+fn version(line: &[u8]) -> Option<String> {
+    let greeting: Value = serde_json::from_slice(line).ok()?;
+    let version = greeting.get("QMP")?.get("version")?.get("qemu")?;
+    let number = |name: &str| version.get(name).and_then(Value::as_u64);
+    Some(format!(
+        "{}.{}.{}",
+        number("major")?,
+        number("minor")?,
+        number("micro")?
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+
+    const GREETING: &str = r#"{"QMP":{"version":{"qemu":{"major":9,"minor":1,"micro":0}}}}"#;
+
+    /// Somebody who says `lines`, the first at once and each other one after it has read one.
+    fn conversation<T>(lines: &[&str], talk: impl FnOnce(&Path) -> T) -> T {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = listener.accept().unwrap();
+                for line in lines {
+                    // Fails when the other side has had enough.
+                    let _ = stream.write_all(line.as_bytes());
+                    let _ = stream.read(&mut [0; 4096]);
+                }
+            });
+            talk(&path)
+        })
+    }
+
+    #[test]
+    fn events_between_a_command_and_its_answer_are_passed_over() {
+        let answers = [
+            &format!("{GREETING}\r\n"),
+            "{\"return\": {}}\r\n",
+            "{\"event\":\"STOP\"}\n{\"return\":{\"status\":\"paused\"}}\n",
+            "{\"error\":{\"class\":\"GenericError\",\"desc\":\"no\"}}\n",
+        ];
+        conversation(&answers, |path| {
+            let mut qmp = Qmp::connect(path).unwrap();
+            assert_eq!(qmp.version(), "9.1.0");
+            assert_eq!(qmp.peer().unwrap(), std::process::id() as i32);
+            assert_eq!(qmp.status().unwrap(), "paused");
+            let refused = qmp.run("cont", json!({})).unwrap_err();
+            assert_eq!(refused.to_string(), "QEMU refuses cont: no");
+            let lost = qmp.run("cont", json!({})).unwrap_err();
+            assert!(matches!(lost, QmpError::Lost { .. }), "{lost}");
+        });
+    }
+
+    #[test]
+    fn what_is_no_qmp_socket_is_told_so() {
+        for nonsense in ["HTTP/1.1 400\r\n", "{}\n", "{\"QMP\":{}}\n"] {
+            let error = conversation(&[nonsense], |path| Qmp::connect(path).unwrap_err());
+            assert!(matches!(error, QmpError::NoGreeting { .. }), "{error}");
+        }
+        let error = Qmp::connect(Path::new("/nowhere/at/all")).unwrap_err();
+        assert!(error.to_string().contains("-qmp unix:"), "{error}");
+    }
+}

@@ -1,0 +1,229 @@
+//! A QEMU that runs, as the source of a move.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use lazyvm_server::port::{MachineError, SourceMachine, SourceMemory};
+use lazyvm_wire::{Layout, MachineOffer};
+use serde_json::{Value, json};
+
+use super::memory::{self, MemoryError, SharedRam};
+use super::offer::Offer;
+use super::qmp::{Qmp, QmpError};
+use super::transfer::{self, Changed, TransferError};
+use crate::attach::{AttachError, Process};
+
+/// How long a QEMU that was told to quit may take.
+const QUIT_WITHIN: u16 = 10_000;
+
+/// How long a VM may take to be running after `cont`.
+const RUN_WITHIN: Duration = Duration::from_secs(10);
+
+/// A QEMU that can't be moved. It has not been touched.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The conversation.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// Its process.
+    #[error(transparent)]
+    Process(#[from] AttachError),
+    /// Its RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Its state.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
+    /// The socket's other end is not told.
+    #[error("can't tell which process {} belongs to", path.display())]
+    Peer {
+        /// The socket.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// It stands still, or never ran.
+    #[error("the VM is {0}, and only one that runs can be moved; let it run with the QMP command cont")]
+    NotRunning(String),
+    /// A migration is under way.
+    #[error("a migration of this VM is under way already; wait for its end or cancel it with migrate_cancel")]
+    Migrating,
+    /// Something in it can't be moved.
+    #[error("QEMU can't migrate this VM: {0}")]
+    Blocked(String),
+    /// Others use the RAM.
+    #[error(
+        "process {pid} has this VM's RAM mapped as well, and would not wait for pages that are still to come: vhost-user \
+         devices (virtiofsd, DPDK) can't be moved; remove them from the VM"
+    )]
+    OtherUser {
+        /// Which.
+        pid: i32,
+    },
+    /// It did not run on.
+    #[error("the VM is {0} after cont; look at QEMU's own messages")]
+    DidNotRun(String),
+}
+
+/// See the module. Dropping it leaves the VM as it is.
+#[derive(Debug)]
+pub struct Source {
+    process: Process,
+    layout: Layout,
+    offer: MachineOffer,
+    memory: Arc<SharedRam>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    qmp: Qmp,
+    changed: Option<Changed>,
+}
+
+impl Source {
+    /// The QEMU with this QMP socket. Everything that would keep its VM from being moved is told here.
+    ///
+    /// # Errors
+    /// [`SourceError`]. The VM runs on undisturbed.
+    pub fn connect(path: &Path) -> Result<Self, SourceError> {
+        let mut qmp = Qmp::connect(path)?;
+        let pid = qmp.peer().map_err(|source| SourceError::Peer {
+            path: path.to_owned(),
+            source,
+        })?;
+        let process = Process::open(pid)?;
+        check_movable(&mut qmp)?;
+        transfer::check(&mut qmp)?;
+        let regions = memory::find(&mut qmp, &process, false)?;
+        memory::check_named(&mut qmp)?;
+        for region in &regions {
+            let others = memory::users(&region.file, &[pid]);
+            if let Some(&pid) = others.first() {
+                return Err(SourceError::OtherUser { pid });
+            }
+        }
+        let layout = memory::layout(&regions).map_err(MemoryError::from)?;
+        let offer = Offer::of(&mut qmp)?;
+        tracing::info!(pid, qemu = offer.version, machine = offer.machine, "found the VM");
+        Ok(Self {
+            process,
+            layout,
+            offer: offer.encode(),
+            memory: Arc::new(SharedRam::new(&regions)),
+            inner: Mutex::new(Inner { qmp, changed: None }),
+        })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn stop_and_save(&mut self) -> Result<Vec<u8>, SourceError> {
+        check_movable(&mut self.qmp)?;
+        self.changed = Some(transfer::configure(&mut self.qmp)?);
+        let mut socket = transfer::open(&mut self.qmp)?;
+        let start = Instant::now();
+        self.qmp.run("stop", json!({}))?;
+        let stopped = start.elapsed();
+        let state = transfer::save(&mut self.qmp, &mut socket)?;
+        tracing::info!(
+            stop_us = stopped.as_micros() as u64,
+            pause_us = start.elapsed().as_micros() as u64,
+            bytes = state.len(),
+            "the VM is paused, and its device state is out"
+        );
+        Ok(state)
+    }
+
+    fn run_on(&mut self) -> Result<(), SourceError> {
+        transfer::cancel(&mut self.qmp)?;
+        if let Some(changed) = self.changed.take() {
+            // What is left of it harms nobody.
+            if let Err(error) = changed.undo(&mut self.qmp) {
+                tracing::warn!(%error, "QEMU's migration settings are not as they were");
+            }
+        }
+        let deadline = Instant::now() + RUN_WITHIN;
+        self.qmp.run("cont", json!({}))?;
+        loop {
+            let status = self.qmp.status()?;
+            if status == "running" {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(SourceError::DidNotRun(status));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+fn check_movable(qmp: &mut Qmp) -> Result<(), SourceError> {
+    let status = qmp.status()?;
+    if status != "running" {
+        return Err(SourceError::NotRunning(status));
+    }
+    let answer = qmp.run("query-migrate", json!({}))?;
+    if transfer::is_under_way(&answer) {
+        return Err(SourceError::Migrating);
+    }
+    // Told since QEMU 6.0. Before, the migration itself fails, and the VM runs on.
+    let reasons = answer.get("blocked-reasons").and_then(Value::as_array);
+    let reasons: Vec<_> = reasons
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    if !reasons.is_empty() {
+        return Err(SourceError::Blocked(reasons.join("; ")));
+    }
+    Ok(())
+}
+
+impl SourceMachine for Source {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn offer(&self) -> MachineOffer {
+        self.offer.clone()
+    }
+
+    fn memory(&self) -> Arc<dyn SourceMemory> {
+        Arc::clone(&self.memory) as _
+    }
+
+    fn pause(&self) -> Result<Vec<u8>, MachineError> {
+        let mut inner = self.inner();
+        inner.stop_and_save().map_err(|error| {
+            if !matches!(error, SourceError::NotRunning(_) | SourceError::Migrating)
+                && let Err(second) = inner.run_on()
+            {
+                tracing::error!(error = %second, "the VM could not be let run on");
+            }
+            error.into()
+        })
+    }
+
+    fn resume(&self) -> Result<(), MachineError> {
+        Ok(self.inner().run_on()?)
+    }
+
+    /// A QEMU that is gone already is what this is for.
+    fn release(&self) -> Result<(), MachineError> {
+        match self.inner().qmp.run("quit", json!({})) {
+            Ok(_) | Err(QmpError::Lost { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if !self.process.wait(QUIT_WITHIN.into()) {
+            tracing::warn!(pid = self.process.pid(), "QEMU has been told to quit and is still there");
+        }
+        Ok(())
+    }
+}
