@@ -6,19 +6,16 @@ use std::process::ExitCode;
 use lazyvm_pager::uffd::RegisterError;
 use lazyvm_pager::{ConnectError, PagerError};
 use lazyvm_server::{RecordError, ServerError};
+use lazyvm_vmm_glue::attach::AttachError;
+use lazyvm_vmm_glue::firecracker;
 use lazyvm_vmm_glue::firecracker::api::ApiError;
-use lazyvm_vmm_glue::firecracker::destination::DestinationError;
 use lazyvm_vmm_glue::firecracker::snapshot::SnapshotError;
-use lazyvm_vmm_glue::firecracker::source::SourceError;
 use lazyvm_vmm_glue::kvm::machine::AssembleError;
 use lazyvm_vmm_glue::kvm::source::RemoteError;
 use lazyvm_vmm_glue::kvm::{
     CompatibilityError, ControlError, HardwareError, LoadError, MemoryError,
 };
-use lazyvm_vmm_glue::attach::AttachError;
-use lazyvm_vmm_glue::qemu::{
-    DestinationError, MemoryError as QemuMemoryError, QmpError, SourceError,
-};
+use lazyvm_vmm_glue::qemu::{self, QmpError};
 use lazyvm_wire::TicketError;
 use lazyvm_wire::control::Rejection;
 
@@ -241,7 +238,8 @@ fn of_api(error: &ApiError) -> Option<Exit> {
 }
 
 /// Errors of an API that show themselves as these have only those causes.
-fn of_firecracker(error: &DestinationError) -> Option<Exit> {
+fn of_firecracker(error: &firecracker::destination::DestinationError) -> Option<Exit> {
+    use firecracker::destination::DestinationError;
     match error {
         DestinationError::Api(error) => of_api(error),
         DestinationError::Folder(_)
@@ -251,7 +249,8 @@ fn of_firecracker(error: &DestinationError) -> Option<Exit> {
     }
 }
 
-fn of_firecracker_source(error: &SourceError) -> Option<Exit> {
+fn of_firecracker_source(error: &firecracker::source::SourceError) -> Option<Exit> {
+    use firecracker::source::SourceError;
     match error {
         SourceError::Api(error) => of_api(error),
         SourceError::Folder(_) | SourceError::NoRoom { .. } => Some(Exit::Environment),
@@ -269,7 +268,8 @@ fn of_remote(error: &RemoteError) -> Option<Exit> {
 }
 
 /// An error that shows itself as its cause has only that one's causes, so these are looked into here.
-fn of_qemu_source(error: &SourceError) -> Option<Exit> {
+fn of_qemu_source(error: &qemu::SourceError) -> Option<Exit> {
+    use qemu::SourceError;
     match error {
         SourceError::Qmp(error) => of_qmp(error),
         SourceError::Process(_) | SourceError::Peer { .. } => Some(Exit::Environment),
@@ -282,7 +282,8 @@ fn of_qemu_source(error: &SourceError) -> Option<Exit> {
     }
 }
 
-fn of_qemu_destination(error: &DestinationError) -> Option<Exit> {
+fn of_qemu_destination(error: &qemu::DestinationError) -> Option<Exit> {
+    use qemu::DestinationError;
     match error {
         DestinationError::Argument(_)
         | DestinationError::VhostUser(_)
@@ -306,11 +307,12 @@ fn of_attach(_: &AttachError) -> Exit {
     Exit::Environment
 }
 
-fn of_qemu_memory(error: &QemuMemoryError) -> Exit {
+fn of_qemu_memory(error: &qemu::MemoryError) -> Exit {
+    use qemu::MemoryError;
     match error {
-        QemuMemoryError::Process(error) => of_attach(error),
-        QemuMemoryError::File { .. } => Exit::Environment,
-        QemuMemoryError::Qmp(_) => Exit::Failed,
+        MemoryError::Process(error) => of_attach(error),
+        MemoryError::File { .. } => Exit::Environment,
+        MemoryError::Qmp(_) => Exit::Failed,
         _ => Exit::Usage,
     }
 }

@@ -101,9 +101,7 @@ struct Resumed {
 
 impl ResumeArgs {
     fn refuse_what_is_not_there(&self) -> Result<(), Problem> {
-        let later = [
-            (!self.disk.is_empty(), "--disk"),
-        ];
+        let later = [(!self.disk.is_empty(), "--disk")];
         match later.iter().find(|(asked, _)| *asked) {
             Some((_, what)) => Err(Problem::not_in_this_release(what)),
             None => Ok(()),
