@@ -217,6 +217,11 @@ pub struct Program {
 }
 
 impl Program {
+    /// Its standard output, where that was piped.
+    pub fn stdout(&mut self) -> std::process::ChildStdout {
+        self.child.stdout.take().unwrap()
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
