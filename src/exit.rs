@@ -6,12 +6,12 @@ use std::process::ExitCode;
 use lazyvm_pager::uffd::RegisterError;
 use lazyvm_pager::{ConnectError, PagerError};
 use lazyvm_server::{RecordError, ServerError};
+use lazyvm_vmm_glue::attach::AttachError;
 use lazyvm_vmm_glue::kvm::machine::AssembleError;
 use lazyvm_vmm_glue::kvm::source::RemoteError;
 use lazyvm_vmm_glue::kvm::{
     CompatibilityError, ControlError, HardwareError, LoadError, MemoryError,
 };
-use lazyvm_vmm_glue::attach::AttachError;
 use lazyvm_vmm_glue::qemu::{
     DestinationError, MemoryError as QemuMemoryError, QmpError, SourceError,
 };

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use lazyvm_server::{EndReason, Phase, Server, SessionConfig, SessionHandle, SessionRecord};
 use lazyvm_server::port::SourceMachine;
+use lazyvm_server::{EndReason, Phase, Server, SessionConfig, SessionHandle, SessionRecord};
 use lazyvm_vmm_glue::kvm::RemoteMachine;
 use lazyvm_vmm_glue::qemu;
 use lazyvm_wire::trust::Identity;

@@ -37,7 +37,10 @@ pub fn resume(
     };
     take_over(ticket, options, taking, events.sender())?;
     let filling = wait_for_start(&events, &cancel)?;
-    tracing::info!(pid = running.pid(), "the VM runs in QEMU here; its memory arrives");
+    tracing::info!(
+        pid = running.pid(),
+        "the VM runs in QEMU here; its memory arrives"
+    );
     let report = fill(args, filling, &events, page, || how_it_ended(&running))?;
     // The machine is not to suffer from a report that can't be written.
     let written = write_report(args, &report);

@@ -42,15 +42,31 @@ fn make() -> Result<Images, String> {
         .ok_or("no target directory")?;
     let kernel = target.join("guest-kernel").join("vmlinuz");
     if !kernel.is_file() {
-        return Err(format!("no kernel at {}; .ci/set-up test fetches it", kernel.display()));
+        return Err(format!(
+            "no kernel at {}; .ci/set-up test fetches it",
+            kernel.display()
+        ));
     }
-    if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
+    if Command::new("qemu-system-x86_64")
+        .arg("--version")
+        .output()
+        .is_err()
+    {
         return Err("no qemu-system-x86_64; .ci/set-up test installs it".to_owned());
     }
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let init = folder.path().join("init");
     let compiled = Command::new("gcc")
-        .args(["-O2", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pie", "-no-pie", "-o"])
+        .args([
+            "-O2",
+            "-static",
+            "-nostdlib",
+            "-ffreestanding",
+            "-fno-stack-protector",
+            "-fno-pie",
+            "-no-pie",
+            "-o",
+        ])
         .arg(&init)
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qemu/init.c"))
         .status()
@@ -73,7 +89,19 @@ fn archive(init: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     let mut entry = |name: &str, mode: u32, device: (u32, u32), data: &[u8]| {
         let header = [
-            0, mode, 0, 0, 1, 0, data.len() as u32, 0, 0, device.0, device.1, name.len() as u32 + 1, 0,
+            0,
+            mode,
+            0,
+            0,
+            1,
+            0,
+            data.len() as u32,
+            0,
+            0,
+            device.0,
+            device.1,
+            name.len() as u32 + 1,
+            0,
         ];
         out.extend_from_slice(b"070701");
         for field in header {
@@ -120,17 +148,24 @@ impl Qemus {
 
     /// The whole command of the QEMU `name`.
     pub fn command(&self, name: &str) -> Vec<String> {
-        self.command_with_ram(name, &format!(
-            "memory-backend-file,id=ram0,mem-path={},share=on,size={}M",
-            self.ram.path().join(name).display(),
-            self.shape.memory_mib
-        ))
+        self.command_with_ram(
+            name,
+            &format!(
+                "memory-backend-file,id=ram0,mem-path={},share=on,size={}M",
+                self.ram.path().join(name).display(),
+                self.shape.memory_mib
+            ),
+        )
     }
 
     /// With another backend.
     pub fn command_with_ram(&self, name: &str, backend: &str) -> Vec<String> {
         let images = images().unwrap();
-        let Shape { memory_mib, cpus, fill_mib } = self.shape;
+        let Shape {
+            memory_mib,
+            cpus,
+            fill_mib,
+        } = self.shape;
         let words = format!(
             "qemu-system-x86_64 -accel tcg,thread=multi -m {memory_mib}M -smp {cpus} -object {backend} \
              -machine memory-backend=ram0 -nodefaults -display none -kernel {} -initrd {} \
@@ -158,8 +193,12 @@ impl Qemus {
     }
 
     pub fn launch(&self, name: &str, words: &[String]) -> Program {
-        self.home
-            .start(name, Command::new(&words[0]).args(&words[1..]).stdout(Stdio::null()))
+        self.home.start(
+            name,
+            Command::new(&words[0])
+                .args(&words[1..])
+                .stdout(Stdio::null()),
+        )
     }
 
     /// `lazyvm serve --qemu` of the QEMU `name`, and its ticket; empty when it prints none.
@@ -171,7 +210,9 @@ impl Qemus {
             .stdout(Stdio::piped());
         let mut serve = self.home.start(&format!("serve-{name}"), &mut command);
         let mut ticket = String::new();
-        BufReader::new(serve.stdout()).read_line(&mut ticket).unwrap();
+        BufReader::new(serve.stdout())
+            .read_line(&mut ticket)
+            .unwrap();
         (serve, ticket.trim_end().to_owned())
     }
 

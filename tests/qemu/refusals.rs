@@ -39,7 +39,12 @@ fn replace(words: &mut [String], from: &str, to: &str) {
 #[test]
 fn a_qemu_with_other_ram_is_refused() {
     let smaller = |_: &Qemus, words: &mut Vec<String>| replace(words, "256M", "128M");
-    is_refused("a_qemu_with_other_ram_is_refused", smaller, 6, "-m, -object and -machine");
+    is_refused(
+        "a_qemu_with_other_ram_is_refused",
+        smaller,
+        6,
+        "-m, -object and -machine",
+    );
 }
 
 #[test]
@@ -64,7 +69,12 @@ fn the_sources_own_ram_file_is_never_written_to() {
         let at = words.iter().position(|word| word == "-object").unwrap();
         words[at + 1] = theirs[at + 1].clone();
     };
-    is_refused("the_sources_own_ram_file_is_never_written_to", same_file, 2, "in use by process");
+    is_refused(
+        "the_sources_own_ram_file_is_never_written_to",
+        same_file,
+        2,
+        "in use by process",
+    );
 }
 
 #[test]
@@ -72,13 +82,23 @@ fn a_second_incoming_is_refused() {
     let incoming = |_: &Qemus, words: &mut Vec<String>| {
         words.extend(["-incoming", "defer"].map(str::to_owned));
     };
-    is_refused("a_second_incoming_is_refused", incoming, 2, "leave -incoming out");
+    is_refused(
+        "a_second_incoming_is_refused",
+        incoming,
+        2,
+        "leave -incoming out",
+    );
 }
 
 #[test]
 fn a_command_that_fails_is_told() {
     let nonsense = |_: &Qemus, words: &mut Vec<String>| words.push("-no-such-flag".to_owned());
-    is_refused("a_command_that_fails_is_told", nonsense, 6, "QEMU ended before the VM was there");
+    is_refused(
+        "a_command_that_fails_is_told",
+        nonsense,
+        6,
+        "QEMU ended before the VM was there",
+    );
 }
 
 #[test]
@@ -94,7 +114,10 @@ fn private_ram_is_refused_with_what_to_change() {
     let (mut serve, ticket) = qemus.serve("a");
     assert!(ticket.is_empty());
     let log = serve.ends_with(2);
-    assert!(log.contains("memory-backend-file") && log.contains("share=on"), "{log}");
+    assert!(
+        log.contains("memory-backend-file") && log.contains("share=on"),
+        "{log}"
+    );
     qemus.wait_ticks("a", 3);
     assert!(source.is_running());
 }

@@ -85,7 +85,9 @@ fn refusal() -> String {
     let yama = fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
     let yama = match yama.trim() {
         "" | "0" => String::new(),
-        "3" => ", and kernel.yama.ptrace_scope is 3, which forbids it until the next boot".to_owned(),
+        "3" => {
+            ", and kernel.yama.ptrace_scope is 3, which forbids it until the next boot".to_owned()
+        }
         scope => format!(
             ", or set kernel.yama.ptrace_scope, which is {scope}, to 0 (sysctl -w kernel.yama.ptrace_scope=0)"
         ),

@@ -10,6 +10,6 @@ mod process;
 mod sys;
 
 pub use inject::InjectError;
-pub use maps::{MapsError, Mapping, Mappings};
+pub use maps::{Mapping, Mappings, MapsError};
 pub(crate) use process::DEVICE;
-pub use process::{Attached, AttachError, Process};
+pub use process::{AttachError, Attached, Process};

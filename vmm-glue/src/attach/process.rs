@@ -15,7 +15,7 @@ use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::inject::{self, InjectError};
-use super::maps::{Mapping, MapsError, Mappings};
+use super::maps::{Mapping, Mappings, MapsError};
 use super::sys;
 
 /// The `syscall` instruction of x86-64.
@@ -243,8 +243,8 @@ impl Process {
         }
         let fd = sys::pidfd_getfd(self.pidfd.as_fd(), theirs)
             .map_err(|source| AttachError::Fetch { pid, source })?;
-        let uffd = sys::adopt(fd, memory, removals)
-            .map_err(|source| AttachError::Open { pid, source })?;
+        let uffd =
+            sys::adopt(fd, memory, removals).map_err(|source| AttachError::Open { pid, source })?;
         tracing::info!(
             pid,
             stopped_us = injected.stopped.as_micros() as u64,

@@ -164,11 +164,7 @@ pub(super) fn pidfd_getfd(pidfd: BorrowedFd<'_>, theirs: c_int) -> Result<OwnedF
 }
 
 /// The pager's handle on a userfaultfd that [`pidfd_getfd`] brought from another process than this one.
-pub(super) fn adopt(
-    fd: OwnedFd,
-    memory: &LazyMemory,
-    removals: bool,
-) -> Result<Uffd, OpenError> {
+pub(super) fn adopt(fd: OwnedFd, memory: &LazyMemory, removals: bool) -> Result<Uffd, OpenError> {
     // SAFETY: `Process` refuses to stand for this process, so the descriptor was opened by another one.
     unsafe { Uffd::of_other_process(fd, memory, removals) }
 }

@@ -22,10 +22,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use lazyvm_pager::install::Registration;
 use lazyvm_pager::port::{DestinationMachine, MachineError};
 use lazyvm_pager::uffd::RegisterError;
 use lazyvm_pager::{InstallMode, LazyMemory};
-use lazyvm_pager::install::Registration;
 use lazyvm_wire::{Layout, MachineOffer};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::PollTimeout;
@@ -109,7 +109,9 @@ pub enum DestinationError {
     #[error("this QEMU's RAM cannot be filled lazily")]
     LazyMemory(#[from] lazyvm_pager::memory::MemoryError),
     /// Its RAM is not like the source's.
-    #[error("this QEMU's RAM is {here}, and the source's is {there}; start it with the source's -m, -object and -machine")]
+    #[error(
+        "this QEMU's RAM is {here}, and the source's is {there}; start it with the source's -m, -object and -machine"
+    )]
     Layout {
         /// The source's.
         there: String,
@@ -255,7 +257,10 @@ impl Destination {
             return Err(DestinationError::Ended(status));
         }
         result?;
-        tracing::info!(load_us = start.elapsed().as_micros() as u64, "the device state is loaded");
+        tracing::info!(
+            load_us = start.elapsed().as_micros() as u64,
+            "the device state is loaded"
+        );
         Ok(())
     }
 
@@ -336,9 +341,14 @@ impl Qemu {
             spawn.stdin(Stdio::null());
         }
         // QEMU inherits it, so that it gets its userfaultfd with lazyvm's rights and not with its own.
-        let device = File::options().read(true).write(true).open(attach::DEVICE).ok();
+        let device = File::options()
+            .read(true)
+            .write(true)
+            .open(attach::DEVICE)
+            .ok();
         if let Some(device) = &device {
-            fcntl(device, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|errno| start(errno.into()))?;
+            fcntl(device, FcntlArg::F_SETFD(FdFlag::empty()))
+                .map_err(|errno| start(errno.into()))?;
         }
         let mut child = Waiting(Some(spawn.spawn().map_err(start)?));
         drop(device);
@@ -430,7 +440,10 @@ fn check_arguments(arguments: &[OsString]) -> Result<(), DestinationError> {
         if text.contains("vhost-user") {
             return Err(DestinationError::VhostUser(text.into_owned()));
         }
-        for path in text.split(',').filter_map(|part| part.strip_prefix("mem-path=")) {
+        for path in text
+            .split(',')
+            .filter_map(|part| part.strip_prefix("mem-path="))
+        {
             let path = PathBuf::from(path);
             let file = File::open(&path).ok();
             let regular = file.filter(|file| file.metadata().is_ok_and(|found| found.is_file()));
@@ -454,7 +467,11 @@ fn describe(layout: &Layout) -> String {
             lazyvm_wire::Backing::Small => "",
             lazyvm_wire::Backing::Huge2M => " of huge pages",
         };
-        format!("{} ({} MiB{pages} at {gpa:#x})", region.name, region.pages >> 8)
+        format!(
+            "{} ({} MiB{pages} at {gpa:#x})",
+            region.name,
+            region.pages >> 8
+        )
     });
     regions.collect::<Vec<_>>().join(" and ")
 }
@@ -469,8 +486,10 @@ mod tests {
 
     #[test]
     fn arguments_that_can_not_be_are_refused_before_anything_is_started() {
-        check_arguments(&arguments("-m 512 -object memory-backend-file,mem-path=/nowhere,share=on"))
-            .unwrap();
+        check_arguments(&arguments(
+            "-m 512 -object memory-backend-file,mem-path=/nowhere,share=on",
+        ))
+        .unwrap();
         let incoming = check_arguments(&arguments("-m 1 -incoming defer")).unwrap_err();
         assert!(incoming.to_string().contains("-incoming"), "{incoming}");
         let vhost = check_arguments(&arguments("-device vhost-user-fs-pci,x")).unwrap_err();

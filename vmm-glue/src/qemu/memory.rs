@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use lazyvm_pager::LazyRegion;
 use lazyvm_server::port::SourceMemory;
-use lazyvm_wire::{Backing, Gpa, Layout, LayoutError, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange, Region};
+use lazyvm_wire::{
+    Backing, Gpa, Layout, LayoutError, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange, Region,
+};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc;
@@ -53,16 +55,22 @@ pub enum MemoryError {
         version: String,
     },
     /// No RAM at all.
-    #[error("this QEMU has no memory backend; start it with -object memory-backend-file,…,share=on")]
+    #[error(
+        "this QEMU has no memory backend; start it with -object memory-backend-file,…,share=on"
+    )]
     None,
     /// A memory tree that this does not understand.
-    #[error("the RAM {name} is not mapped as a whole in the guest's memory; hot-plugged and unplugged RAM can't be moved")]
+    #[error(
+        "the RAM {name} is not mapped as a whole in the guest's memory; hot-plugged and unplugged RAM can't be moved"
+    )]
     Scattered {
         /// The backend's id.
         name: String,
     },
     /// The address that QEMU tells is not mapped as a file.
-    #[error("the RAM {name} is not found in the memory map of process {pid}; is that the QEMU of this socket?")]
+    #[error(
+        "the RAM {name} is not found in the memory map of process {pid}; is that the QEMU of this socket?"
+    )]
     NotMapped {
         /// The backend's id.
         name: String,
@@ -185,7 +193,9 @@ fn backends(qmp: &mut Qmp) -> Result<Vec<(String, u64)>, MemoryError> {
 /// leaves out those alone that are files with a name. No capability tells.
 pub(super) fn check_named(qmp: &mut Qmp) -> Result<(), MemoryError> {
     let version = qmp.version().to_owned();
-    let mut numbers = version.split('.').map(|number| number.parse().unwrap_or(0_u64));
+    let mut numbers = version
+        .split('.')
+        .map(|number| number.parse().unwrap_or(0_u64));
     let number = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if number < (8, 1) {
         return Ok(());
@@ -503,8 +513,16 @@ FlatView #0
     #[test]
     fn what_firmware_hides_does_not_change_the_layout() {
         let expected = [
-            Piece { gpa: 0, offset: 0, bytes: 3 << 30 },
-            Piece { gpa: 4 << 30, offset: 3 << 30, bytes: 1 << 30 },
+            Piece {
+                gpa: 0,
+                offset: 0,
+                bytes: 3 << 30,
+            },
+            Piece {
+                gpa: 4 << 30,
+                offset: 3 << 30,
+                bytes: 1 << 30,
+            },
         ];
         // The human monitor ends lines as terminals want it.
         for tree in [BOOTED, WAITING, &BOOTED.replace('\n', "\r\n")] {
@@ -517,7 +535,14 @@ FlatView #0
     fn a_block_that_is_not_there_as_a_whole_is_noticed() {
         assert!(!covers(&pieces(BOOTED, "ram1"), 4 << 30));
         assert!(!covers(&pieces(BOOTED, "ram0"), 5 << 30));
-        assert!(!covers(&[Piece { gpa: 0, offset: 4096, bytes: 4096 }], 8192));
+        assert!(!covers(
+            &[Piece {
+                gpa: 0,
+                offset: 4096,
+                bytes: 4096
+            }],
+            8192
+        ));
         assert!(!covers(&[], 0));
         assert!(pieces("", "ram0").is_empty());
     }
@@ -526,6 +551,9 @@ FlatView #0
     fn addresses_are_read_as_qemu_writes_them() {
         let told = "Host virtual address for 0x0 (ram0) is 0x7f0517fff000\r\n";
         assert_eq!(host_address(told), Some(0x7f05_17ff_f000));
-        assert_eq!(host_address("No memory is mapped at address 0xc0000000"), None);
+        assert_eq!(
+            host_address("No memory is mapped at address 0xc0000000"),
+            None
+        );
     }
 }

@@ -22,13 +22,17 @@ pub enum OfferError {
     #[error("the VM is one of {0}, not of QEMU; take it with that kind's own flag")]
     Kind(String),
     /// From another lazyvm.
-    #[error("the VM's state is of version {0}, which this lazyvm does not know; use the same release on both sides")]
+    #[error(
+        "the VM's state is of version {0}, which this lazyvm does not know; use the same release on both sides"
+    )]
     Version(u32),
     /// What can't be read.
     #[error("what the source says about its QEMU can't be read")]
     Malformed(#[source] serde_json::Error),
     /// A difference.
-    #[error("{what} is {there} at the source and {here} in this QEMU; start it with the source's arguments")]
+    #[error(
+        "{what} is {there} at the source and {here} in this QEMU; start it with the source's arguments"
+    )]
     Differs {
         /// Of what.
         what: &'static str,
@@ -118,10 +122,22 @@ impl Offer {
         let rows = [
             ("the architecture", &self.target, &here.target),
             ("the machine type (-machine)", &self.machine, &here.machine),
-            ("the accelerator (-accel)", &self.accelerator, &here.accelerator),
+            (
+                "the accelerator (-accel)",
+                &self.accelerator,
+                &here.accelerator,
+            ),
             ("the CPU model (-cpu)", &self.cpu, &here.cpu),
-            ("the number of vCPUs (-smp)", &self.cpus.to_string(), &here.cpus.to_string()),
-            ("what the CPUs can do (-cpu, or another host)", &self.features, &here.features),
+            (
+                "the number of vCPUs (-smp)",
+                &self.cpus.to_string(),
+                &here.cpus.to_string(),
+            ),
+            (
+                "what the CPUs can do (-cpu, or another host)",
+                &self.features,
+                &here.features,
+            ),
         ];
         for (what, there, here) in rows {
             if there != here {
@@ -168,7 +184,10 @@ mod tests {
         there.check(&here).unwrap();
         here.cpus = 2;
         let error = there.check(&here).unwrap_err().to_string();
-        assert!(error.contains("-smp") && error.contains("is 4 at the source and 2"), "{error}");
+        assert!(
+            error.contains("-smp") && error.contains("is 4 at the source and 2"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -181,6 +200,9 @@ mod tests {
         assert!(matches!(Offer::decode(&newer), Err(OfferError::Version(2))));
         let mut broken = offer().encode();
         broken.compatibility.truncate(9);
-        assert!(matches!(Offer::decode(&broken), Err(OfferError::Malformed(_))));
+        assert!(matches!(
+            Offer::decode(&broken),
+            Err(OfferError::Malformed(_))
+        ));
     }
 }

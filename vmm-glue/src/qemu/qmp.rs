@@ -9,9 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{
-    ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt::PeerCredentials,
-};
+use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt::PeerCredentials};
 use serde_json::{Value, json};
 
 /// Longest line that is taken, in bytes: a memory tree of thousands of regions fits.
@@ -218,7 +216,10 @@ impl Qmp {
     fn line(&mut self, deadline: Instant) -> io::Result<Vec<u8>> {
         let mut searched = 0;
         loop {
-            if let Some(end) = self.pending[searched..].iter().position(|&byte| byte == b'\n') {
+            if let Some(end) = self.pending[searched..]
+                .iter()
+                .position(|&byte| byte == b'\n')
+            {
                 let rest = self.pending.split_off(searched + end + 1);
                 return Ok(std::mem::replace(&mut self.pending, rest));
             }
@@ -246,11 +247,7 @@ impl Qmp {
 }
 
 /// A text field of an answer.
-pub(super) fn text(
-    answer: &Value,
-    command: &str,
-    field: &'static str,
-) -> Result<String, QmpError> {
+pub(super) fn text(answer: &Value, command: &str, field: &'static str) -> Result<String, QmpError> {
     answer
         .get(field)
         .and_then(Value::as_str)

@@ -46,10 +46,14 @@ pub enum SourceError {
         source: io::Error,
     },
     /// It stands still, or never ran.
-    #[error("the VM is {0}, and only one that runs can be moved; let it run with the QMP command cont")]
+    #[error(
+        "the VM is {0}, and only one that runs can be moved; let it run with the QMP command cont"
+    )]
     NotRunning(String),
     /// A migration is under way.
-    #[error("a migration of this VM is under way already; wait for its end or cancel it with migrate_cancel")]
+    #[error(
+        "a migration of this VM is under way already; wait for its end or cancel it with migrate_cancel"
+    )]
     Migrating,
     /// Something in it can't be moved.
     #[error("QEMU can't migrate this VM: {0}")]
@@ -108,7 +112,12 @@ impl Source {
         }
         let layout = memory::layout(&regions).map_err(MemoryError::from)?;
         let offer = Offer::of(&mut qmp)?;
-        tracing::info!(pid, qemu = offer.version, machine = offer.machine, "found the VM");
+        tracing::info!(
+            pid,
+            qemu = offer.version,
+            machine = offer.machine,
+            "found the VM"
+        );
         Ok(Self {
             process,
             layout,
@@ -222,7 +231,10 @@ impl SourceMachine for Source {
             Err(error) => return Err(error.into()),
         }
         if !self.process.wait(QUIT_WITHIN.into()) {
-            tracing::warn!(pid = self.process.pid(), "QEMU has been told to quit and is still there");
+            tracing::warn!(
+                pid = self.process.pid(),
+                "QEMU has been told to quit and is still there"
+            );
         }
         Ok(())
     }

@@ -120,7 +120,10 @@ pub(super) fn configure(qmp: &mut Qmp) -> Result<Changed, TransferError> {
         .into_iter()
         .filter_map(|name| Some((name.to_owned(), parameters.get(name)?.clone())))
         .collect();
-    qmp.run("migrate-set-capabilities", json!({ "capabilities": wanted }))?;
+    qmp.run(
+        "migrate-set-capabilities",
+        json!({ "capabilities": wanted }),
+    )?;
     // The VM stands still while its state is written: there is nothing to be slow for.
     let fast = json!({ "max-bandwidth": BANDWIDTH_MAX, "downtime-limit": 2_000_000 });
     qmp.run("migrate-set-parameters", fast)?;

@@ -154,8 +154,7 @@ impl Other {
     /// Has it look at its memory, which `uffd` is filled through, and end.
     fn fill_and_end(mut self, uffd: lazyvm_pager::uffd::Uffd) {
         let memory = Arc::new(self.memory);
-        let installer =
-            Installer::new(&self.layout, memory, uffd, Registration::Register).unwrap();
+        let installer = Installer::new(&self.layout, memory, uffd, Registration::Register).unwrap();
         let mut input = self.child.stdin.take().unwrap();
         input.write_all(b"\n").unwrap();
         // It waits for its first page by now.
@@ -199,7 +198,9 @@ fn goes_on_undisturbed(deed: &str) {
     stopped.sort_unstable();
     eprintln!(
         "{deed}: stopped for {:?} at the median, {:?} at most, of {}",
-        stopped[50], stopped[99], stopped.len()
+        stopped[50],
+        stopped[99],
+        stopped.len()
     );
     assert!(stopped[50] < Duration::from_millis(2));
     other.fill_and_end(attached.uffd);
@@ -229,7 +230,9 @@ fn a_pending_signal_still_breaks_a_pause() {
         });
         match process.userfaultfd(&memory, false) {
             // It was quicker.
-            Ok(_) | Err(AttachError::Inject { .. } | AttachError::Look { .. } | AttachError::Maps(_)) => {}
+            Ok(_)
+            | Err(AttachError::Inject { .. } | AttachError::Look { .. } | AttachError::Maps(_)) => {
+            }
             Err(AttachError::NoInstruction(_) | AttachError::Fetch { .. }) => {}
             Err(error) => panic!("{error:?}"),
         }
