@@ -27,7 +27,8 @@ demo: build ## A running VM moves from one process to another while you watch; n
 
 .PHONY: test
 test: lint ## All checks and all tests; with CI set, a test that would have to skip fails
-	@cargo test --release --locked --workspace
+	@.ci/set-up build test
+	cargo test --release --locked --workspace
 
 .PHONY: lint
 lint: ## Formatting, clippy and the documentation's links; a warning is an error

@@ -1,0 +1,13 @@
+//! Moves of unmodified QEMUs with a Linux guest that checks its own memory: real programs, real kernels.
+//!
+//! The guest's only program is `init.c`; it writes a line every 50 ms that tells how many pages it has touched and how
+//! many were wrong.
+
+// Clippy allows these in tests only, not in what tests share.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod guest;
+mod moves;
+mod refusals;
