@@ -108,6 +108,15 @@ impl ResumeArgs {
         }
     }
 
+    /// What becomes of a VM whose memory has not arrived when this command ends.
+    fn what_an_end_leaves(&self) -> &'static str {
+        if self.qemu || self.firecracker.is_some() {
+            "the VM waits in its own process, for ever, at the first page that is not there"
+        } else {
+            "the VM has ended with it"
+        }
+    }
+
     /// The command that starts the QEMU that was asked for.
     fn qemu_command(&self) -> Result<Option<Command>, Problem> {
         match (self.qemu, self.command.split_first()) {
@@ -299,8 +308,10 @@ fn fill(
                 // A failure is logged there, and this one weighs more.
                 let _ = write_report(args, &filling.report());
                 let text = format!(
-                    "ended by a signal when {} of {} pages had arrived; the VM has ended with it",
-                    progress.pages_here, progress.pages_total
+                    "ended by a signal when {} of {} pages had arrived; {}",
+                    progress.pages_here,
+                    progress.pages_total,
+                    args.what_an_end_leaves()
                 );
                 return Err(Problem::new(Exit::BrokenOff, text).into());
             }
@@ -308,9 +319,10 @@ fn fill(
                 warned = true;
                 tracing::warn!(
                     %signal,
-                    "the VM runs here and {} of its {} pages have arrived; ending now loses it, and a second signal does",
+                    "the VM runs here and {} of its {} pages have arrived; a second signal ends this command now, and then {}",
                     progress.pages_here,
-                    progress.pages_total
+                    progress.pages_total,
+                    args.what_an_end_leaves()
                 );
             }
             Some(Event::Ended(_) | Event::Own(_)) | None => {}

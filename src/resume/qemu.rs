@@ -1,6 +1,5 @@
 //! `lazyvm resume --qemu`: the VM goes to a QEMU that is started for it, and stays there when this command ends.
 
-use std::thread;
 use std::time::Duration;
 
 use lazyvm_pager::Options;
@@ -77,6 +76,5 @@ fn stay<T: Send + 'static>(running: &Running, events: &Events<T>) -> anyhow::Res
             tracing::info!(%signal, "this command ends; the VM runs on in QEMU");
             return Ok(Exit::Done);
         }
-        thread::yield_now();
     }
 }

@@ -350,12 +350,10 @@ fn memory_sizes_that_differ() {
 #[test]
 fn what_is_not_in_this_release() {
     for line in [
-        "serve --qemu s",
         "serve --vm s --disk a=b",
         "serve --vm s --mode hybrid",
         "serve --vm s --mode precopy",
         "serve --vm s --mode stop",
-        "resume t --qemu -- qemu-system-x86_64 -m 512",
         "resume t --disk a=b",
         "snapshot --vm s d",
         "bench wan --mode hybrid --compare qemu",

@@ -2,7 +2,7 @@
 //!
 //! A userfaultfd acts on the address space of the process that opened it, so one thread of that process is stopped with
 //! `ptrace(2)` and made to open one; `pidfd_getfd(2)` then brings the descriptor over, and all else is done from here.
-//! The thread is stopped for well under a millisecond, and notices nothing: see [`inject`] for how.
+//! The thread is stopped for well under a millisecond, and notices nothing: `inject.rs` says how.
 
 mod inject;
 mod maps;
