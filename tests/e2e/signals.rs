@@ -40,7 +40,7 @@ fn serve_does_not_leave_a_machine_without_its_memory_at_the_first_signal() {
     serve.signal(Signal::SIGINT);
     serve.wait_log("needs its memory from here");
     resume.signal(Signal::SIGINT);
-    resume.wait_log("ending now loses it");
+    resume.wait_log("a second signal ends this command now");
     serve.ends_with(0);
     run.ends_with(0);
     resume.wait_log("all memory is here");
@@ -60,7 +60,7 @@ fn a_second_signal_ends_both_sides_and_tells_how_far_they_were() {
     let mut resume = home.resume("b", &ticket, &[]);
     resume.wait_log("the VM runs here");
     for (program, warning) in [
-        (&mut resume, "ending now loses it"),
+        (&mut resume, "a second signal ends this command now"),
         (&mut serve, "needs its memory from here"),
     ] {
         program.signal(Signal::SIGTERM);

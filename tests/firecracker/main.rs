@@ -226,7 +226,7 @@ fn a_firecracker_that_dies_is_noticed() {
         resume.wait_log("the VM runs in Firecracker");
         vm.firecracker.signal(Signal::SIGKILL);
         let log = resume.ends_with(5);
-        assert!(log.contains("the VM's process ended when"), "{log}");
+        assert!(log.contains("Firecracker ended when"), "{log}");
     }
 }
 
