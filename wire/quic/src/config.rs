@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use lazyvm_wire::control::Lane;
 use lazyvm_wire::trust::{Fingerprint, Identity, TrustError};
-use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use quinn::{ClientConfig, IdleTimeout, ServerConfig, TransportConfig, VarInt};
 
+use crate::congestion::{Rival, ShortQueue};
 use crate::lane::first_ids;
 use crate::window::FixedWindow;
 
@@ -123,10 +123,11 @@ fn transport(lane: Lane) -> TransportConfig {
                 .stream_receive_window(VarInt::from_u32(FAULT_WINDOW as u32));
         }
         Lane::Bulk => {
-            let mut cubic = CubicConfig::default();
-            cubic.initial_window(BULK_INITIAL_WINDOW);
             transport
-                .congestion_controller_factory(Arc::new(cubic))
+                .congestion_controller_factory(Arc::new(ShortQueue {
+                    initial_window: BULK_INITIAL_WINDOW,
+                    rival: Rival::Share,
+                }))
                 // Streams go one after the other: packets of many in turn would cost the destination a task switch each.
                 .send_fairness(false)
                 .send_window(BULK_WINDOW.into())

@@ -5,6 +5,7 @@
 //! flow control with a fault.
 
 mod config;
+mod congestion;
 mod control;
 mod lane;
 mod socket;
@@ -17,6 +18,7 @@ pub use config::{
     BULK_STREAMS_MAX, FAULT_STREAMS_MAX, IDLE_TIMEOUT, ServerConfigs, SetupError, client_config,
     server_configs,
 };
+pub use congestion::{Core as Congestion, Rival, ShortQueue};
 pub use control::{ControlReceiver, ControlSender, ControlStreamError, control_stream};
 pub use lane::endpoint_config;
 pub use socket::{bind, bind_lanes};

@@ -1,0 +1,521 @@
+//! The push's congestion controller, without clock and connection. Times are since any fixed instant.
+
+use std::time::Duration;
+
+use super::cubic::Cubic;
+use super::filter::{RecentMin, RecentRate, Rounds};
+
+/// What a flow does when another fills the bottleneck's queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Rival {
+    /// Takes a share, as CUBIC would.
+    #[default]
+    Share,
+    /// Gets out of the way, as background traffic should.
+    Yield,
+}
+
+/// The queue that one flow keeps at a gigabit a second.
+const TARGET: Duration = Duration::from_micros(1200);
+const TARGET_RATE: f64 = 125e6;
+
+/// The queue that the slowest flow keeps.
+const TARGET_PACKETS_MIN: f64 = 4.0;
+
+/// How much of the way to its goal the window goes in a round: FAST's gamma.
+const GAIN: f64 = 0.5;
+
+/// Rounds that find the path wider before the window grows faster and faster: up to what the path has carried lately,
+/// and beyond.
+const HASTE_AFTER: u32 = 3;
+const HASTE_LATE: u32 = 10;
+
+/// Queueing that ends the start: an eighth of the round trip within these bounds (HyStart++, RFC 9406, section 4.2).
+const START_DELAY_MIN: Duration = Duration::from_millis(2);
+const START_DELAY_MAX: Duration = Duration::from_millis(8);
+
+/// How far the start goes beyond the path: a doubling, and what comes until the queue is seen.
+const START_OVERSHOOT: f64 = 2.5;
+
+/// A round's share of lost packets that ends the start.
+const START_LOSS: f64 = 0.02;
+
+/// A round's share of lost packets that no error of the path explains.
+const HEAVY_LOSS: f64 = 0.1;
+
+/// A round's share of lost packets that may come of this flow's own queue, where the buffer is small.
+const LIGHT_LOSS: f64 = 0.005;
+
+/// The least part of the target that is tried where the buffer is small.
+const SCALE_MIN: f64 = 1.0 / 8.0;
+
+/// Growth of a shared window in a round, where the round trip does not grow with it.
+const SHARE_GROWTH: f64 = 0.01;
+
+/// Drained rounds with the same round trip that make it the path's own.
+const SAME_DRAINS: u32 = 2;
+
+/// Seconds within which a round trip is the same.
+const FLAT_S: f64 = 0.000_5;
+
+/// The shortest round: on a path of microseconds one round trip says little.
+const ROUND_MIN: Duration = Duration::from_millis(1);
+
+/// How long the smallest round trip counts as the path's own.
+const BASE_AGE: Duration = Duration::from_secs(10);
+
+/// How long it counts where a rival was seen.
+const HIDDEN_AGE: Duration = Duration::from_secs(300);
+
+/// Share of what the path holds by itself that is in flight while the queue drains.
+const DRAIN: f64 = 0.85;
+
+/// A queue longer than so many times this flow's own, and this much, is another's.
+const RIVAL_RATIO: f64 = 6.0;
+const RIVAL_DELAY: Duration = Duration::from_millis(5);
+
+/// Part of that which is enough where a rival was seen lately.
+const RIVAL_DOUBT: f64 = 0.4;
+
+/// How long the queue is shared before a drained round shows whether the rival is still there.
+const SHARE_TIME: Duration = Duration::from_secs(4);
+
+/// Seconds of jitter that are left out of account.
+const NOISE_MAX: f64 = 0.005;
+
+const PACKETS_MIN: f64 = 4.0;
+
+/// What the window follows.
+#[derive(Clone, Debug)]
+enum Phase {
+    /// Doubles each round, until the queue or a loss says that the path is full.
+    Start,
+    /// Keeps the queue at its target.
+    Steady,
+    /// Keeps less in flight than the path holds, so that the path's own round trip shows.
+    Drain {
+        until: Duration,
+        shared: Option<Cubic>,
+    },
+    /// Another fills the queue: takes a share of it.
+    Share {
+        cubic: Cubic,
+        since: Duration,
+        lost_at: Duration,
+    },
+}
+
+/// What happened until a packet that left after the round began was acknowledged.
+#[derive(Clone, Debug, Default)]
+struct Round {
+    began: Duration,
+    acked: f64,
+    lost: f64,
+    /// There was not always something to send.
+    idle: bool,
+    /// The window in the round before, whose packets this round acknowledged.
+    window: f64,
+}
+
+/// The controller.
+#[derive(Clone, Debug)]
+pub struct Core {
+    rival: Rival,
+    packet: f64,
+    window_first: f64,
+    window: f64,
+    phase: Phase,
+    round: Round,
+    rtt: Duration,
+    /// The path's own round trip.
+    base: RecentMin,
+    /// When a round trip last was the path's own.
+    based_at: Duration,
+    /// The round trip with what stands in the queue, without what jitter adds: Copa's "standing" round trip.
+    standing: RecentMin,
+    rate: RecentRate,
+    /// Bytes a second that the last rounds delivered.
+    rates: Rounds<4>,
+    /// The most of the last seconds.
+    rate_most: f64,
+    /// By how much the standing round trip changes from round to round, in seconds.
+    noise: f64,
+    standing_before: f64,
+    /// The standing round trip of the last shared round, in seconds.
+    standing_shared: f64,
+    /// And of the last drained one.
+    standing_drained: Duration,
+    /// Drained rounds in a row with the same.
+    same_drains: u32,
+    /// When a rival was last seen.
+    rival_at: Option<Duration>,
+    /// When a heavy loss last cut the window.
+    cut_at: Duration,
+    /// Seconds of queue in the last rounds.
+    queues: Rounds<5>,
+    /// The window when the queue became longer than it should be.
+    window_ahead: Option<f64>,
+    /// Rounds in a row that found the path wider than was known.
+    open: u32,
+    /// Part of the target that the path's buffer holds.
+    scale: f64,
+}
+
+impl Core {
+    /// A controller that begins with `initial_window` bytes; packets are `mtu` long.
+    pub fn new(initial_window: u64, mtu: u16, rival: Rival) -> Self {
+        Self {
+            rival,
+            packet: mtu.into(),
+            window_first: initial_window as f64,
+            window: initial_window as f64,
+            phase: Phase::Start,
+            round: Round::default(),
+            rtt: Duration::ZERO,
+            base: RecentMin::default(),
+            based_at: Duration::ZERO,
+            standing: RecentMin::default(),
+            rate: RecentRate::default(),
+            rates: Rounds::default(),
+            rate_most: 0.0,
+            noise: 0.0,
+            standing_before: 0.0,
+            standing_shared: 0.0,
+            standing_drained: Duration::ZERO,
+            same_drains: 0,
+            rival_at: None,
+            cut_at: Duration::ZERO,
+            queues: Rounds::default(),
+            window_ahead: None,
+            open: 0,
+            scale: 1.0,
+        }
+    }
+
+    /// Bytes that may be in flight.
+    pub fn window(&self) -> u64 {
+        let window = match self.phase {
+            Phase::Drain { .. } => self.window.min(self.path_bytes() * DRAIN),
+            _ => self.window,
+        };
+        window.max(PACKETS_MIN * self.packet) as u64
+    }
+
+    /// Packets are `mtu` bytes long from now on.
+    pub fn set_mtu(&mut self, mtu: u16) {
+        self.packet = mtu.into();
+    }
+
+    /// A packet of `bytes` that left at `sent` is acknowledged. `app_limited`: there was nothing more to send.
+    pub fn on_ack(&mut self, now: Duration, sent: Duration, bytes: u64, app_limited: bool) {
+        let rtt = now.saturating_sub(sent);
+        self.rtt = match self.rtt {
+            Duration::ZERO => rtt,
+            smooth => (smooth * 7 + rtt) / 8,
+        };
+        let near = self.base.get().map(|base| base + self.target_delay() / 2);
+        if near.is_none_or(|near| rtt <= near) {
+            self.based_at = now;
+        }
+        let age = self.base_age(now);
+        self.base.insert(now, rtt, age);
+        let within = match self.phase {
+            Phase::Start => self.rtt / 4,
+            _ => self.rtt / 2,
+        };
+        self.standing.insert(now, rtt, within);
+        self.rate.insert(now, bytes as f64, self.rtt);
+        self.round.acked += bytes as f64;
+        self.round.idle |= app_limited;
+        if matches!(self.phase, Phase::Start) {
+            if !app_limited {
+                self.window += bytes as f64;
+            }
+            if self.queueing() > self.start_delay() {
+                self.end_start(now);
+            }
+        }
+        if sent >= self.round.began && now >= self.round.began + ROUND_MIN {
+            self.end_round(now);
+        }
+    }
+
+    /// `bytes` are taken for lost. `persistent`: nothing at all came through for some round trips.
+    pub fn on_loss(&mut self, now: Duration, bytes: u64, persistent: bool) {
+        self.round.lost += bytes as f64;
+        if persistent {
+            // The path may be another one; what was known of it says nothing any more.
+            let window = self.window.min(self.window_first) / 2.0;
+            *self = Self {
+                window_first: self.window_first,
+                based_at: now,
+                ..Self::new(window as u64, self.packet as u16, self.rival)
+            };
+            self.round.began = now;
+        } else if let Phase::Share { cubic, lost_at, .. } = &mut self.phase
+            && now >= *lost_at + self.rtt
+        {
+            *lost_at = now;
+            cubic.on_loss(now, self.window);
+            self.window = cubic.window(now, self.rtt);
+        }
+    }
+
+    fn end_start(&mut self, now: Duration) {
+        self.cut_at = now;
+        self.phase = Phase::Steady;
+        self.queues.clear();
+        let base = self.base.get().unwrap_or_default().as_secs_f64();
+        // The rounds so far were short of the path's rate; what came last is closest.
+        let rate = self.rate.get().max(self.rates.max());
+        if rate > 0.0 {
+            self.rates.clear();
+            self.rates.insert(rate);
+            // A window that doubles has not gone farther than this.
+            let least = self.window / START_OVERSHOOT;
+            self.window = self.window.min(rate * base + self.target()).max(least);
+        }
+    }
+
+    fn end_round(&mut self, now: Duration) {
+        let next = Round {
+            began: now,
+            window: self.window,
+            ..Round::default()
+        };
+        let round = std::mem::replace(&mut self.round, next);
+        let rate = round.acked / (now - round.began).as_secs_f64();
+        let loss = round.lost / (round.lost + round.acked).max(1.0);
+        // What is lost in the rounds after a cut was sent before it.
+        let heavy = loss > HEAVY_LOSS && now > self.cut_at + 3 * self.rtt;
+        if heavy {
+            self.cut_at = now;
+            self.rates.clear();
+            self.rates.insert(self.rate.get());
+        }
+        let drained = matches!(self.phase, Phase::Drain { .. });
+        if rate > self.rates.max() || !(round.idle || drained) {
+            self.rates.insert(rate);
+        }
+        self.remember_rate(now - round.began);
+        self.watch_noise();
+        self.queues.insert(self.queueing().as_secs_f64());
+        self.fit_to_buffer(loss);
+        match &self.phase {
+            Phase::Start if loss > START_LOSS => self.end_start(now),
+            Phase::Steady => self.steer(now, &round, rate, heavy),
+            Phase::Drain { until, shared } if now >= *until => self.end_drain(now, shared.clone()),
+            Phase::Share { cubic, since, .. } if now > *since + SHARE_TIME => {
+                self.drain(now, Some(cubic.clone()));
+            }
+            Phase::Share { cubic, .. } => self.share(cubic.window(now, self.rtt)),
+            Phase::Start | Phase::Drain { .. } => {}
+        }
+    }
+
+    /// A round of FAST's law, towards a window that keeps the target's bytes in the queue.
+    fn steer(&mut self, now: Duration, round: &Round, rate: f64, heavy_loss: bool) {
+        let base = self.base.get().unwrap_or_default().as_secs_f64();
+        let standing = self.standing.get().unwrap_or_default().as_secs_f64();
+        let target = self.target();
+        if self.meets_rival(now) {
+            return;
+        }
+        if heavy_loss && self.window_ahead.is_none() {
+            self.window = self.window.min(self.path_bytes() + target);
+            self.open = 0;
+            return;
+        }
+        if now > self.based_at + BASE_AGE {
+            return self.drain(now, None);
+        }
+        if round.idle {
+            return;
+        }
+        // All of a larger window arrives, and no queue shows: the path is wider than was known.
+        let wider = rate * standing > 0.7 * round.window
+            && (standing - base - self.noise) * rate < target / 2.0;
+        self.open = if wider { self.open + 1 } else { 0 };
+        let known = self.window < 0.98 * self.rate_most * base;
+        let after = if known { HASTE_AFTER } else { HASTE_LATE };
+        let room = target * 2_f64.powi(self.open.saturating_sub(after).min(20) as i32);
+        let goal = self.window * base / standing.max(1e-9) + room;
+        let most = self.rates.max() * self.rtt.as_secs_f64() + 2.0 * room;
+        let most = most.min(2.0 * self.window);
+        self.window = (self.window + GAIN * (goal - self.window)).min(most);
+    }
+
+    /// A rival takes from the rate, but not from what the path can carry.
+    fn remember_rate(&mut self, elapsed: Duration) {
+        if self.window_ahead.is_none() && !self.is_sharing() {
+            self.rate_most *= (-elapsed.as_secs_f64() / BASE_AGE.as_secs_f64()).exp();
+        }
+        self.rate_most = self.rate_most.max(self.rates.max());
+    }
+
+    fn is_sharing(&self) -> bool {
+        matches!(self.phase, Phase::Share { .. } | Phase::Drain { .. })
+    }
+
+    /// Jitter that is left in the standing round trip is no queue, and is not to be fought.
+    fn watch_noise(&mut self) {
+        let standing = self.standing.get().unwrap_or_default().as_secs_f64();
+        let change = (standing - self.standing_before).abs().min(NOISE_MAX);
+        self.standing_before = standing;
+        self.noise += (change - self.noise) / 8.0;
+    }
+
+    /// A buffer that holds less than the target loses some of every round, without a delay that would tell.
+    fn fit_to_buffer(&mut self, loss: f64) {
+        let short = self.queueing() < self.target_delay() / 2;
+        self.scale = if loss > LIGHT_LOSS && short {
+            (self.scale / 2.0).max(SCALE_MIN)
+        } else {
+            (self.scale * 1.05).min(1.0)
+        };
+    }
+
+    /// Whether a queue that is not this flow's has stood for some rounds; what is to be done is done.
+    fn meets_rival(&mut self, now: Duration) -> bool {
+        let long = self.rival_delay();
+        if self.queueing() <= long {
+            self.window_ahead = None;
+            return false;
+        }
+        let path = self.rate_most * self.base.get().unwrap_or_default().as_secs_f64();
+        let ahead = self.window_ahead.get_or_insert(self.window).max(path);
+        if self.rival == Rival::Yield
+            || !self.queues.is_full()
+            || self.queues.min() <= long.as_secs_f64()
+        {
+            return false;
+        }
+        self.drain(now, Some(Cubic::new(ahead, self.packet, now)));
+        true
+    }
+
+    /// A round of a shared queue. While the round trip stays as it is although the window grows, there is no queue:
+    /// the path has become longer.
+    fn share(&mut self, cubic: f64) {
+        let standing = self.standing.get().unwrap_or_default().as_secs_f64();
+        let flat = standing < self.standing_shared + FLAT_S;
+        self.open = if flat { self.open + 1 } else { 0 };
+        self.standing_shared = standing;
+        let haste = 1.0
+            + SHARE_GROWTH
+                * 2_f64.powi(self.open.clamp(HASTE_AFTER, 9) as i32 - HASTE_AFTER as i32);
+        self.window = cubic.max(self.window * haste).min(2.0 * self.window);
+    }
+
+    /// Two round trips: one until the queue is gone, one until what came after it was acknowledged.
+    fn drain(&mut self, now: Duration, shared: Option<Cubic>) {
+        let until = now + 2 * self.standing.get().unwrap_or_default();
+        self.phase = Phase::Drain { until, shared };
+    }
+
+    /// What queue there is now is not this flow's.
+    fn end_drain(&mut self, now: Duration, shared: Option<Cubic>) {
+        self.based_at = now;
+        self.queues.clear();
+        self.window_ahead = None;
+        self.open = 0;
+        match shared {
+            Some(cubic) if self.queueing() > self.rival_delay() && !self.is_longer() => {
+                self.window = cubic.window(now, self.rtt);
+                self.phase = Phase::Share {
+                    cubic,
+                    since: now,
+                    lost_at: now,
+                };
+            }
+            _ => {
+                self.window = self.window.min(self.path_bytes() + self.target());
+                self.phase = Phase::Steady;
+            }
+        }
+    }
+
+    /// Drained rounds one after the other found the same round trip, and a rival's queue does not stay the same: the
+    /// path has become longer.
+    fn is_longer(&mut self) -> bool {
+        let standing = self.standing.get().unwrap_or_default();
+        let same = self.standing_drained.abs_diff(standing) < Duration::from_secs_f64(FLAT_S);
+        self.standing_drained = standing;
+        self.same_drains = if same { self.same_drains + 1 } else { 0 };
+        let longer = self.same_drains >= SAME_DRAINS;
+        if longer {
+            self.base = self.standing.clone();
+            self.rival_at = None;
+        }
+        longer
+    }
+
+    /// A rival hides the path's own round trip.
+    fn base_age(&mut self, now: Duration) -> Duration {
+        if self.window_ahead.is_some() || self.is_sharing() {
+            self.rival_at = Some(now);
+        }
+        if self.rival_at.is_some_and(|at| now > at + HIDDEN_AGE) {
+            self.rival_at = None;
+        }
+        4 * self.rtt
+            + if self.rival_at.is_some() {
+                HIDDEN_AGE
+            } else {
+                BASE_AGE
+            }
+    }
+
+    /// A longer queue than this flow would keep at its best.
+    fn rival_delay(&self) -> Duration {
+        let own = self.quiet_target(self.rate_most) / self.rate_most.max(1.0);
+        // A rival that was there may only have paused.
+        let doubt = if self.rival_at.is_some() && !self.is_sharing() {
+            RIVAL_DOUBT
+        } else {
+            1.0
+        };
+        let long = (own * RIVAL_RATIO + 2.0 * self.noise).min(1.0);
+        (RIVAL_DELAY + Duration::from_secs_f64(long)).mul_f64(doubt)
+    }
+
+    fn start_delay(&self) -> Duration {
+        let base = self.base.get().unwrap_or_default();
+        (base / 8).clamp(START_DELAY_MIN, START_DELAY_MAX)
+    }
+
+    fn queueing(&self) -> Duration {
+        let base = self.base.get().unwrap_or_default();
+        self.standing.get().unwrap_or_default().saturating_sub(base)
+    }
+
+    /// Bytes that the path holds without a queue.
+    fn path_bytes(&self) -> f64 {
+        self.rates.max() * self.base.get().unwrap_or_default().as_secs_f64()
+    }
+
+    /// Bytes that this flow keeps in the queue. They grow more slowly than the rate, so that of two flows that see
+    /// the same queue the slower one gains, as with Swift's flow scaling.
+    fn target(&self) -> f64 {
+        self.target_of(self.rates.max())
+    }
+
+    fn target_of(&self, rate: f64) -> f64 {
+        self.quiet_target(rate) + 2.0 * rate * self.noise
+    }
+
+    /// The target on a path without jitter.
+    fn quiet_target(&self, rate: f64) -> f64 {
+        let share = rate / TARGET_RATE;
+        let full = TARGET_RATE * TARGET.as_secs_f64();
+        let bytes = full * (share + share.sqrt()) / 2.0 * self.scale;
+        bytes.max(TARGET_PACKETS_MIN * self.packet)
+    }
+
+    fn target_delay(&self) -> Duration {
+        match self.rates.max() {
+            0.0 => START_DELAY_MIN,
+            rate => Duration::from_secs_f64((self.target() / rate).min(1.0)),
+        }
+    }
+}

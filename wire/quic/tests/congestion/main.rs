@@ -1,0 +1,192 @@
+//! The push's congestion controller over simulated paths.
+
+mod path;
+
+use std::time::Duration;
+
+use lazyvm_quic::{Congestion, Rival};
+use path::{Control, Flow, Path, Simulation, Tcp};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn lazyvm(rival: Rival) -> Flow {
+    let congestion = Congestion::new(256 << 10, 1452, rival);
+    Flow::new(Control::Lazyvm(Box::new(congestion)))
+}
+
+fn alone(path: Path) -> Simulation {
+    Simulation::new(path, vec![lazyvm(Rival::Share)])
+}
+
+fn share(rates: &[f64], path: &Path) -> f64 {
+    rates.iter().sum::<f64>() / path.rate
+}
+
+#[test]
+fn fills_any_path_and_keeps_its_queue_short() {
+    for mbit_s in [10.0, 100.0, 1000.0, 10_000.0] {
+        for rtt_ms in [1, 20, 100, 300] {
+            if mbit_s * rtt_ms as f64 > 400_000.0 {
+                continue;
+            }
+            let path = Path::new(mbit_s, rtt_ms);
+            let mut simulation = alone(path);
+            simulation.run(path.rtt * 12 + SECOND);
+            let rates = simulation.run(4 * SECOND);
+            let used = share(&rates, &path);
+            let (p50, p99) = (simulation.queue_ms(0.5), simulation.queue_ms(0.99));
+            assert!(used > 0.93, "{mbit_s} Mbit/s, {rtt_ms} ms: {used}");
+            assert_eq!(simulation.flows[0].lost, 0);
+            let limit = if mbit_s >= 1000.0 {
+                2.0
+            } else if mbit_s >= 100.0 {
+                6.0
+            } else {
+                20.0
+            };
+            assert!(
+                p50 < 1.5 * limit && p99 < 10.0 * limit,
+                "{mbit_s} Mbit/s, {rtt_ms} ms: {p50} {p99}"
+            );
+        }
+    }
+}
+
+#[test]
+fn starts_within_a_few_round_trips_and_loses_little() {
+    let path = Path::new(1000.0, 100);
+    let mut simulation = alone(path);
+    simulation.run(Duration::from_millis(800));
+    let lost = simulation.flows[0].lost;
+    let rates = simulation.run(Duration::from_millis(400));
+    assert!(share(&rates, &path) > 0.7);
+    assert!(lost < 200, "{lost}");
+}
+
+#[test]
+fn random_loss_slows_nothing_down() {
+    for loss in [0.001, 0.01, 0.03] {
+        for mbit_s in [10.0, 100.0, 1000.0] {
+            let path = Path {
+                loss,
+                ..Path::new(mbit_s, 100)
+            };
+            let mut simulation = alone(path);
+            simulation.run(3 * SECOND);
+            let rates = simulation.run(5 * SECOND);
+            let used = share(&rates, &path);
+            assert!(used > 0.9, "{mbit_s} Mbit/s, {loss}: {used}");
+        }
+    }
+}
+
+#[test]
+fn jitter_is_not_taken_for_a_queue() {
+    let path = Path {
+        jitter: Duration::from_millis(10),
+        ..Path::new(1000.0, 100)
+    };
+    let mut simulation = alone(path);
+    simulation.run(3 * SECOND);
+    let rates = simulation.run(5 * SECOND);
+    assert!(share(&rates, &path) > 0.75, "{rates:?}");
+}
+
+#[test]
+fn follows_a_path_that_becomes_narrow_and_wide() {
+    let wide = Path::new(1000.0, 60);
+    let narrow = Path::new(100.0, 60);
+    let mut simulation = alone(wide);
+    simulation.run(3 * SECOND);
+    simulation.path = narrow;
+    simulation.run(2 * SECOND);
+    let rates = simulation.run(2 * SECOND);
+    let p50 = simulation.queue_ms(0.5);
+    assert!(share(&rates, &narrow) > 0.9 && p50 < 10.0);
+    simulation.path = wide;
+    simulation.run(2 * SECOND);
+    let rates = simulation.run(2 * SECOND);
+    assert!(share(&rates, &wide) > 0.9);
+}
+
+#[test]
+fn goes_on_over_a_longer_route() {
+    let mut simulation = alone(Path::new(500.0, 50));
+    simulation.run(4 * SECOND);
+    let long = Path::new(500.0, 150);
+    simulation.path = long;
+    simulation.run(2 * SECOND);
+    let soon = share(&simulation.run(8 * SECOND), &long);
+    simulation.run(8 * SECOND);
+    let late = share(&simulation.run(4 * SECOND), &long);
+    assert!(soon > 0.5 && late > 0.9, "{soon} {late}");
+    assert!(simulation.queue_ms(0.5) < 10.0);
+}
+
+#[test]
+fn flows_become_equal_whenever_they_come() {
+    let path = Path::new(500.0, 50);
+    let mut simulation = Simulation::new(path, (0..4).map(|_| lazyvm(Rival::Share)).collect());
+    for late in 1..4 {
+        simulation.flows[late].on = false;
+    }
+    for late in 1..4 {
+        simulation.run(3 * SECOND);
+        simulation.flows[late].on = true;
+    }
+    simulation.run(20 * SECOND);
+    let rates = simulation.run(10 * SECOND);
+    let sum: f64 = rates.iter().sum();
+    let squares: f64 = rates.iter().map(|rate| rate * rate).sum();
+    let fairness = sum * sum / (4.0 * squares);
+    assert!(fairness > 0.85, "{rates:?}");
+    assert!(share(&rates, &path) > 0.93);
+}
+
+#[test]
+fn shares_with_tcp_or_yields_to_it_and_is_itself_again_afterwards() {
+    let path = Path::new(100.0, 40);
+    for (rival, low, high) in [(Rival::Share, 0.25, 0.75), (Rival::Yield, 0.0, 0.2)] {
+        let tcp = Flow::new(Control::Tcp(Tcp::new()));
+        let mut simulation = Simulation::new(path, vec![lazyvm(rival), tcp]);
+        simulation.flows[1].on = false;
+        simulation.run(3 * SECOND);
+        simulation.flows[1].on = true;
+        simulation.run(20 * SECOND);
+        let rates = simulation.run(60 * SECOND);
+        let part = rates[0] / path.rate;
+        assert!(part > low && part < high, "{rival:?}: {part}");
+        simulation.flows[1].on = false;
+        simulation.run(15 * SECOND);
+        let rates = simulation.run(4 * SECOND);
+        assert!(share(&rates, &path) > 0.9);
+        assert!(simulation.queue_ms(0.5) < 10.0);
+    }
+}
+
+#[test]
+fn a_small_buffer_is_not_flooded() {
+    let path = Path {
+        queue: Duration::from_millis(3),
+        ..Path::new(1000.0, 50)
+    };
+    let mut simulation = alone(path);
+    simulation.run(4 * SECOND);
+    let rates = simulation.run(5 * SECOND);
+    let used = share(&rates, &path);
+    let lost = simulation.flows[0].lost as f64 * path::PACKET / (5.0 * path.rate);
+    assert!(used > 0.8 && lost < 0.03, "{used} {lost}");
+}
+
+#[test]
+fn comes_back_after_the_dark() {
+    let path = Path::new(1000.0, 100);
+    let mut simulation = alone(path);
+    simulation.run(3 * SECOND);
+    simulation.path.dark = true;
+    simulation.run(3 * SECOND);
+    simulation.path.dark = false;
+    simulation.run(3 * SECOND);
+    let rates = simulation.run(2 * SECOND);
+    assert!(share(&rates, &path) > 0.9);
+}
