@@ -4,7 +4,7 @@ use std::error::Error;
 use std::io;
 use std::sync::Arc;
 
-use lazyvm_wire::{Layout, MachineOffer, PageRange};
+use lazyvm_wire::{Layout, MachineOffer, PageIndex, PageRange};
 
 /// A failure of the machine's own, told in its own words.
 pub type MachineError = Box<dyn Error + Send + Sync>;
@@ -36,6 +36,11 @@ pub trait SourceMachine: Send + Sync {
     /// The memory, valid until [`SourceMachine::release`].
     fn memory(&self) -> Arc<dyn SourceMemory>;
 
+    /// What finds out which pages the machine needs first where it goes on; `None` where nobody knows.
+    fn scout(&self) -> Option<Box<dyn Scout>> {
+        None
+    }
+
     /// Stops every vCPU and gives the complete state but memory. On failure the machine runs on.
     ///
     /// # Errors
@@ -53,4 +58,43 @@ pub trait SourceMachine: Send + Sync {
     /// # Errors
     /// The machine's own. The move has succeeded all the same.
     fn release(&self) -> Result<(), MachineError>;
+}
+
+/// Finds out which pages a machine needs first where it goes on. What it finds are hints: a wrong one costs time, and
+/// can't harm the machine. Calls may block, and come from one thread at a time.
+pub trait Scout: Send {
+    /// Begins to watch the running machine. What it touches from now on is hot at the next look.
+    ///
+    /// # Errors
+    /// The machine's own. It runs on; the move goes on without.
+    fn watch(&mut self) -> Result<(), MachineError>;
+
+    /// What the machine uses, as far as it shows while it runs.
+    ///
+    /// # Errors
+    /// As above.
+    fn look(&mut self) -> Result<Hints, MachineError>;
+
+    /// The same for a machine that has just been paused. Must be quick: it stands still meanwhile.
+    ///
+    /// # Errors
+    /// As above.
+    fn look_paused(&mut self) -> Result<Hints, MachineError>;
+}
+
+/// Pages that a machine needs soon. Lists may overlap and may name pages that hold nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hints {
+    /// Page tables of every address space that was found; those in use come first.
+    pub tables: Vec<PageRange>,
+    /// Where registers point: descriptor tables, task state, CPU entry area, per-CPU data, stacks, the code around the
+    /// instruction pointer; low memory that firmware and devices use; rings of devices.
+    pub processor: Vec<PageRange>,
+    /// Mapped executable and accessed: the kernel's first.
+    pub code: Vec<PageRange>,
+    /// Touched since the watch began, the most recent first.
+    pub hot: Vec<PageRange>,
+    /// Mapped pages in the order of their guest-virtual addresses, one address space behind the other. Who stands
+    /// together here is used together.
+    pub virtual_order: Vec<PageIndex>,
 }
