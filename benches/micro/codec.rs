@@ -81,6 +81,7 @@ fn control(criterion: &mut Criterion) {
     let switchover = Switchover {
         state: Random::new(2).bytes(STATE_BYTES),
         page_map: runs(4 * GIB_PAGES, 1000).encode(),
+        held: runs(4 * GIB_PAGES, 1000).encode(),
     };
     message(
         &mut group,

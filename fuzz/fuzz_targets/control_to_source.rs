@@ -26,7 +26,7 @@ fuzz_target!(|data: &[u8]| {
                     assert_eq!(map.bits().len() as u64, IMAGE_PAGES);
                 }
             }
-            ToSource::Ready
+            ToSource::Ready { .. }
             | ToSource::Started
             | ToSource::Progress { .. }
             | ToSource::Complete { .. } => {}

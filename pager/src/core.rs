@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use bitvec::prelude::{BitSlice, Lsb0};
 use lazyvm_wire::{Layout, PageRange};
 use quinn::Connection;
 use tokio::sync::Notify;
@@ -28,6 +29,8 @@ pub(crate) enum RequestError {
 pub(crate) enum Origin {
     Demand,
     Push,
+    /// Before the pause.
+    Early,
 }
 
 /// Reads a unit's bytes, which are at hand; [`fill_locally`](crate::fill_locally) takes one.
@@ -105,6 +108,45 @@ impl Core {
         Ok(installed)
     }
 
+    /// Takes in pages as they were at some instant before the pause.
+    pub fn keep_early(&self, range: PageRange, data: &[u8]) -> Result<(), InstallError> {
+        self.installer.keep(range, data, |range, data| {
+            self.install(range, data, Origin::Early).map(|_| ())
+        })
+    }
+
+    /// Takes in which of them are still the same, a bit for each page; how many of those are here.
+    pub fn hold(&self, held: &BitSlice<u64, Lsb0>) -> Result<u64, InstallError> {
+        let pages = self.installer.hold(held)?;
+        if let Some(verifier) = &self.verifier {
+            let compared = self
+                .installer
+                .read_held(|range, data| verifier.installed(range, data));
+            if let Err(error) = compared {
+                tracing::error!(%error, "pages that came early can't be verified");
+            }
+        }
+        self.statistics
+            .pages_precopied
+            .fetch_add(pages, Ordering::Relaxed);
+        self.check_all_here();
+        Ok(pages)
+    }
+
+    /// Maps the pages that came early, so that the guest need not wait for it.
+    pub fn map_held(&self) -> Result<(), RequestError> {
+        self.installer.map_held()?;
+        self.request_lost()
+    }
+
+    /// Asks for pages that were here and are lost.
+    pub fn request_lost(&self) -> Result<(), RequestError> {
+        self.installer
+            .take_lost()
+            .into_iter()
+            .try_for_each(|unit| self.request(unit))
+    }
+
     /// Takes in that pages which were to come are zero.
     pub fn install_zeros(&self, range: PageRange) -> Result<(), InstallError> {
         self.installer.install_zeros(range)?;
@@ -170,6 +212,7 @@ impl Core {
         match origin {
             Origin::Demand => &self.statistics.pages_demand,
             Origin::Push => &self.statistics.pages_pushed,
+            Origin::Early => &self.statistics.pages_precopied,
         }
     }
 

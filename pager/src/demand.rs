@@ -12,7 +12,9 @@ use std::time::Duration;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use lazyvm_quic::FAULT_STREAMS_MAX;
 use lazyvm_wire::PageRange;
-use lazyvm_wire::frame::{FRAME_HEADER_LEN, FaultRequest, FrameError, FrameHeader, FrameKind};
+use lazyvm_wire::frame::{
+    Encoding, FRAME_HEADER_LEN, FaultRequest, FrameError, FrameHeader, FrameKind,
+};
 use quinn::{Connection, ConnectionError, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::sync::Notify;
 
@@ -154,7 +156,7 @@ impl DemandStream {
             });
         }
         let installed = match header.kind {
-            FrameKind::Raw => {
+            FrameKind::Raw if header.encoding == Encoding::Plain => {
                 self.buffer.resize(header.payload_len(), 0);
                 self.recv.read_exact(&mut self.buffer).await?;
                 core.install(unit, &self.buffer, Origin::Demand).map(drop)
@@ -165,7 +167,9 @@ impl DemandStream {
                 ask_again(core, unit);
                 Ok(())
             }
-            FrameKind::Digests | FrameKind::ZeroDigests => return Err(DemandError::NotPages),
+            FrameKind::Raw | FrameKind::Early | FrameKind::Digests | FrameKind::ZeroDigests => {
+                return Err(DemandError::NotPages);
+            }
         };
         if let Err(error) = installed {
             tracing::error!(%unit, error = %lazyvm_quic::describe(&error), "a page can't be put in place; who touched it waits");

@@ -236,6 +236,7 @@ impl Driver {
                 let switchover = Arc::from(switchover);
                 if let Some(core) = self.core.clone() {
                     self.take_over(&core, &switchover)?;
+                    self.map_held(&core);
                     spawn_demand(&core, link, lanes);
                 } else if let Some(unplaced) = &mut self.unplaced {
                     // Only a map that can be read is worth the machine.
@@ -267,7 +268,9 @@ impl Driver {
     /// Takes the page map in: what it does not name is zero.
     fn take_over(&self, core: &Core, switchover: &Switchover) -> Result<(), Lost> {
         let map = PageMap::decode(&switchover.page_map, core.layout.pages())?;
+        let held = PageMap::decode(&switchover.held, core.layout.pages())?;
         core.installer.apply_map(map.bits())?;
+        core.hold(held.bits())?;
         if let Some(verifier) = &core.verifier {
             let zero = |state| state == PageState::Zero;
             core.installer
@@ -275,12 +278,22 @@ impl Driver {
                 .runs(zero)
                 .for_each(|run| verifier.zero(run));
         }
-        let bytes = switchover.state.len() + switchover.page_map.len();
+        let bytes = switchover.state.len() + switchover.page_map.len() + switchover.held.len();
         self.statistics
             .switchover_bytes
             .store(bytes as u64, Ordering::Relaxed);
         core.check_all_here();
         Ok(())
+    }
+
+    /// Maps the pages that came early, so that the guest need not wait for it.
+    fn map_held(&self, core: &Arc<Core>) {
+        let core = core.clone();
+        self.bulk_lane.spawn_blocking(move || {
+            if let Err(error) = core.map_held() {
+                tracing::error!(error = %describe(&error), "pages that came early can't be mapped");
+            }
+        });
     }
 
     /// The machine's memory is there now: takes the map in, and only then looks after its faults.
@@ -335,7 +348,9 @@ impl Driver {
     async fn perform(&mut self, actions: Vec<Action>, link: &mut Link) -> Result<(), Lost> {
         for action in actions {
             let message = match action {
-                Action::SendReady => ToSource::Ready,
+                Action::SendReady => ToSource::Ready {
+                    early: self.takes_early(),
+                },
                 Action::SendRefused(reason) => ToSource::Refused {
                     reason: short_text(&reason),
                 },
@@ -355,6 +370,16 @@ impl Driver {
             link.sender.send(&message).await?;
         }
         Ok(())
+    }
+
+    /// Whether pages may come before the switchover: over this connection none has been lost yet.
+    fn takes_early(&self) -> bool {
+        let never_lost = self.statistics.reconnects.load(Ordering::Relaxed) == 0;
+        never_lost
+            && self
+                .core
+                .as_ref()
+                .is_some_and(|core| core.installer.takes_early())
     }
 
     /// The pages that are to be pushed again, as a page map.

@@ -54,7 +54,8 @@ fn handle(core: &Arc<Core>, page: PageIndex, now: Instant) {
             core.statistics.fault(unit.first, now);
             core.request(unit)
         }
-        Ok(FaultOutcome::Waiting | FaultOutcome::Served) => Ok(()),
+        Ok(FaultOutcome::Waiting) => Ok(()),
+        Ok(FaultOutcome::Served) => core.request_lost(),
         Err(error) => Err(error.into()),
     };
     if let Err(error) = result {

@@ -142,6 +142,46 @@ impl Filler {
         }
     }
 
+    /// Writes to the file behind pages that are not mapped, nor will be while this runs.
+    pub(crate) fn write_aside(&self, run: PageRange, data: &[u8]) -> Result<(), Cause> {
+        let Some(target) = self.target(run) else {
+            return Err(Cause::Gone(Errno::ENOENT));
+        };
+        self.write(target, Content::Data(data), 0)
+    }
+
+    /// Maps what the file holds behind a claimed run, and wakes who waits there; gives the pages up to the first hole.
+    pub(crate) fn map_run(&self, run: PageRange) -> Result<u64, Cause> {
+        let Some(target) = self.target(run) else {
+            return Err(Cause::Gone(Errno::ENOENT));
+        };
+        let unit = target.backing.bytes();
+        let mut patience = Patience::new();
+        let mut done = 0;
+        while done < target.bytes {
+            let host = target.host + done;
+            match self.uffd.map_existing(host, target.bytes - done) {
+                Progress::Bytes(bytes) => done += bytes,
+                Progress::Exists => {
+                    self.wake(host, unit)?;
+                    done += unit;
+                }
+                Progress::Hole => break,
+                other => self.go_on_after(other, &mut patience)?,
+            }
+        }
+        Ok(done >> PAGE_SHIFT)
+    }
+
+    /// Reads what the file holds.
+    pub(crate) fn read_file(&self, run: PageRange, out: &mut [u8]) -> io::Result<()> {
+        let target = self.target(run).ok_or(io::ErrorKind::InvalidInput)?;
+        match &self.memory.regions()[target.region].file {
+            Some((file, start)) => file.read_exact_at(out, start + target.offset),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
     /// Makes a hole of claimed pages in their file, so that it holds nothing but zeros there. No-op without a file.
     pub(crate) fn punch(&self, run: PageRange) -> Result<(), Cause> {
         use nix::fcntl::{FallocateFlags, fallocate};

@@ -10,6 +10,7 @@
 //! written through the file and mapped with `UFFDIO_CONTINUE`.
 
 mod complete;
+mod early;
 mod error;
 
 use std::io::IoSlice;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use bitvec::prelude::{BitSlice, Lsb0};
 use lazyvm_wire::{Layout, PAGE_SIZE, PageIndex, PageRange};
 
+use self::early::Early;
 pub use self::error::{CompleteError, InstallError};
 use crate::fill::{Cause, Content, Filler, Gather, Stopped};
 use crate::memory::LazyMemory;
@@ -31,8 +33,9 @@ const RUN_PAGES_WITH_REMOVALS: u64 = 64;
 /// Pages that are joined at a time from buffers in pieces: 256 KiB, which stays in a core's cache.
 const GATHER_PAGES: u64 = 64;
 
-/// A touched zero page brings its neighbours along, those of its aligned block of so many pages that are zero too.
-const ZERO_BLOCK_PAGES: u64 = 16;
+/// A touched page that takes nothing from the source brings its neighbours along, those of its aligned block of so many
+/// pages that are like it.
+const BLOCK_PAGES: u64 = 16;
 
 /// How the installer takes over the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +89,7 @@ pub struct Installer {
     filler: Filler,
     table: PageTable,
     guard: RemovalGuard,
+    early: Early,
 }
 
 impl Installer {
@@ -114,6 +118,7 @@ impl Installer {
             filler,
             table: PageTable::new(layout),
             guard,
+            early: Early::default(),
         })
     }
 
@@ -179,6 +184,7 @@ impl Installer {
                 Some(FaultAction::AlreadyRequested) => return Ok(FaultOutcome::Waiting),
                 Some(FaultAction::Wake) => self.filler.settle(unit),
                 Some(FaultAction::FillZero) => self.zero_around(unit),
+                Some(FaultAction::Map) => self.map_around(unit),
                 None => return Err(InstallError::NotWholeUnits(unit)),
             };
             match served {
@@ -342,13 +348,7 @@ impl Installer {
 
     /// Fills a touched zero unit, and its zero neighbours; the guard is held.
     fn zero_around(&self, unit: PageRange) -> Result<(), Cause> {
-        let block = if unit.count == 1 {
-            let first = unit.first.0 - unit.first.0 % ZERO_BLOCK_PAGES;
-            PageRange::new(PageIndex(first), ZERO_BLOCK_PAGES)
-        } else {
-            unit
-        };
-        let mut rest = block;
+        let mut rest = block_around(unit);
         while let Some(run) = self.table.claim_zero_run(rest, u64::MAX) {
             if let Err(stopped) = self.fill_claimed(run, Content::Zeros) {
                 // Who touched the rest meanwhile found it claimed, and waits.
@@ -431,4 +431,13 @@ impl Installer {
             .page_at(address)
             .ok_or(EventError::Stray(address))
     }
+}
+
+/// A unit with its neighbours.
+fn block_around(unit: PageRange) -> PageRange {
+    if unit.count > 1 {
+        return unit;
+    }
+    let first = unit.first.0 - unit.first.0 % BLOCK_PAGES;
+    PageRange::new(PageIndex(first), BLOCK_PAGES)
 }

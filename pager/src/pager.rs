@@ -422,9 +422,10 @@ impl Filling {
         let (session, mode) = self.inner.as_ref().map_or_else(Default::default, |inner| {
             (inner.session.clone(), inner.welcome.mode.clone())
         });
-        let (demand, pushed) = (
+        let (demand, pushed, precopied) = (
             load(&statistics.pages_demand),
             load(&statistics.pages_pushed),
+            load(&statistics.pages_precopied),
         );
         let here = self.progress().pages_here;
         Report {
@@ -432,8 +433,8 @@ impl Filling {
             mode,
             memory_bytes: self.core.layout.bytes(),
             pages_total: self.core.layout.pages(),
-            pages_zero: here.saturating_sub(demand + pushed),
-            pages_precopied: 0,
+            pages_zero: here.saturating_sub(demand + pushed + precopied),
+            pages_precopied: precopied,
             pages_demand: demand,
             pages_pushed: pushed,
             bytes_wire: self.core.bytes_wire(),

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use lazyvm_wire::PageRange;
-use lazyvm_wire::frame::{FRAME_HEADER_LEN, FrameError, FrameHeader, FrameKind};
+use lazyvm_wire::frame::{Encoding, FRAME_HEADER_LEN, FrameError, FrameHeader, FrameKind};
 use lazyvm_wire::{PAGE_SIZE, PageIndex};
 use quinn::{Connection, ConnectionError, ReadError, RecvStream};
 
 use crate::core::{Core, Origin};
 use crate::install::InstallError;
+use crate::table::after;
 
 /// Pages that are put in place at a time: 64 KiB. More no longer makes a page cheaper, and leaves the cache.
 const INSTALL_PAGES: u64 = 16;
@@ -26,6 +27,8 @@ pub(crate) enum PushError {
     Read(#[from] ReadError),
     #[error("the source breaks the protocol")]
     Frame(#[from] FrameError),
+    #[error("the source sends pages that can't be decompressed")]
+    Packed,
     #[error("the source ends a stream within a frame")]
     CutShort,
     #[error("pushed pages can't be put in place")]
@@ -64,7 +67,7 @@ async fn take_in(core: Arc<Core>, stream: RecvStream) -> Result<(), PushError> {
         let header = FrameHeader::decode(&head, core.layout.pages())?;
         match header.kind {
             FrameKind::Zero => each_region(&core, header.range, |part| core.install_zeros(part))?,
-            FrameKind::Raw => input.install(&core, header.range).await?,
+            FrameKind::Raw | FrameKind::Early => input.install(&core, header).await?,
             FrameKind::Digests => {
                 let digests = input.take(header.payload_len()).await?;
                 if let Some(verifier) = &core.verifier {
@@ -117,14 +120,30 @@ impl Input {
         Ok(Some(header))
     }
 
-    /// Puts the payload of a raw frame in place, a part at a time.
-    async fn install(&mut self, core: &Core, range: PageRange) -> Result<(), PushError> {
-        let mut rest = range;
+    /// Puts the pages of a frame in place, a part at a time.
+    async fn install(&mut self, core: &Core, header: FrameHeader) -> Result<(), PushError> {
+        let put = |part, data: &[u8]| match header.kind {
+            FrameKind::Early => core.keep_early(part, data),
+            _ => core.install(part, data, Origin::Push).map(|_| ()),
+        };
+        if header.encoding == Encoding::Plain {
+            let mut rest = header.range;
+            while !rest.is_empty() {
+                let part = install_part(core, rest).ok_or(PushError::Parts)?;
+                put(part, self.take(part.bytes() as usize).await?)?;
+                rest = after(rest, part);
+            }
+            return Ok(());
+        }
+        let packed = self.take(header.payload_len()).await?;
+        let mut pages = vec![0; header.range.bytes() as usize];
+        unpack(header.encoding, packed, &mut pages)?;
+        let mut rest = header.range;
         while !rest.is_empty() {
             let part = install_part(core, rest).ok_or(PushError::Parts)?;
-            let data = self.take(part.bytes() as usize).await?;
-            core.install(part, data, Origin::Push)?;
-            rest = PageRange::new(part.end(), rest.count - part.count);
+            let start = (rest.first.0 - header.range.first.0) as usize * PAGE_SIZE;
+            put(part, &pages[start..start + part.bytes() as usize])?;
+            rest = after(rest, part);
         }
         Ok(())
     }
@@ -149,6 +168,19 @@ impl Input {
             None => return Ok(false),
         }
         Ok(true)
+    }
+}
+
+/// Decompresses a payload, which must give as many bytes as `pages` takes.
+fn unpack(encoding: Encoding, packed: &[u8], pages: &mut [u8]) -> Result<(), PushError> {
+    let length = match encoding {
+        Encoding::Plain => None,
+        Encoding::Lz4 => lz4_flex::block::decompress_into(packed, pages).ok(),
+        Encoding::Zstd => zstd::bulk::decompress_to_buffer(packed, pages).ok(),
+    };
+    match length {
+        Some(length) if length == pages.len() => Ok(()),
+        _ => Err(PushError::Packed),
     }
 }
 

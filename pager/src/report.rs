@@ -83,6 +83,8 @@ pub(crate) struct Statistics {
     pub started_at: Instant,
     pub pages_demand: AtomicU64,
     pub pages_pushed: AtomicU64,
+    /// Pages that came before the pause and had not changed.
+    pub pages_precopied: AtomicU64,
     pub switchover_bytes: AtomicU64,
     pub downtime_us: AtomicU64,
     pub resumed_at_us: AtomicU64,
@@ -110,6 +112,7 @@ impl Statistics {
             started_at,
             pages_demand: AtomicU64::new(0),
             pages_pushed: AtomicU64::new(0),
+            pages_precopied: AtomicU64::new(0),
             switchover_bytes: AtomicU64::new(0),
             downtime_us: AtomicU64::new(0),
             resumed_at_us: AtomicU64::new(0),

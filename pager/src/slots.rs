@@ -17,6 +17,8 @@ pub(crate) const ZERO: u8 = 2;
 pub(crate) const REMOVED: u8 = 3;
 /// Here.
 pub(crate) const PRESENT: u8 = 4;
+/// In the memory's file since before the machine was handed over; not mapped.
+pub(crate) const HELD: u8 = 5;
 /// Set over one of the above while somebody installs it.
 pub(crate) const FILLING: u8 = 0x80;
 

@@ -10,7 +10,9 @@
 //!     ├──────────────────────────┘ <─────────────┘     │              │ (fault: installed before, wake)
 //!     │                              release           │              │
 //!     │ mark_zero, apply_map               claim_zero  │              │
-//!     └─────────────> Zero ──────┬─────────────────────┘              │
+//!     ├─────────────> Zero ──────┬─────────────────────┤              │
+//!     │ mark_held                │      claim_held     │              │
+//!     └─────────────> Held ──────┼─────────────────────┘              │
 //!                                │                                    │
 //!          Removed ──────────────┘ <──────── remove (from any) ───────┘
 //! ```
@@ -28,7 +30,7 @@ use bitvec::field::BitField;
 use bitvec::prelude::{BitSlice, BitVec, Lsb0};
 use lazyvm_wire::{Layout, PageIndex, PageRange};
 
-use crate::slots::{ABSENT, Delta, FILLING, PRESENT, REMOVED, REQUESTED, SlotMap, ZERO};
+use crate::slots::{ABSENT, Delta, FILLING, HELD, PRESENT, REMOVED, REQUESTED, SlotMap, ZERO};
 
 /// The state of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,6 +47,8 @@ pub enum PageState {
     Zero,
     /// Given back by the guest; zero from then on, not installed before it is touched.
     Removed,
+    /// In the memory's file since before the machine was handed over; not mapped before it is touched.
+    Held,
 }
 
 impl PageState {
@@ -55,6 +59,7 @@ impl PageState {
             ZERO => Self::Zero,
             REMOVED => Self::Removed,
             PRESENT => Self::Present,
+            HELD => Self::Held,
             _ => Self::Filling,
         }
     }
@@ -76,6 +81,8 @@ pub enum FaultAction {
     Wake,
     /// Its content is zero: fill it with zeros.
     FillZero,
+    /// Its content is in the memory's file: map it.
+    Map,
 }
 
 /// A page map of the wrong length.
@@ -196,6 +203,7 @@ impl PageTable {
             ABSENT => FaultAction::Request(segment.pages_of(&(slot..slot + 1))),
             PRESENT => FaultAction::Wake,
             ZERO | REMOVED => FaultAction::FillZero,
+            HELD => FaultAction::Map,
             _ => FaultAction::AlreadyRequested,
         })
     }
@@ -213,6 +221,13 @@ impl PageTable {
     pub fn claim_zero_run(&self, range: PageRange, pages_max: u64) -> Option<PageRange> {
         self.take_run(range, pages_max, |state| {
             matches!(state, ZERO | REMOVED).then_some(state | FILLING)
+        })
+    }
+
+    /// Like [`Self::claim_run`], for pages that are to be mapped (Held).
+    pub fn claim_held_run(&self, range: PageRange, pages_max: u64) -> Option<PageRange> {
+        self.take_run(range, pages_max, |state| {
+            (state == HELD).then_some(state | FILLING)
         })
     }
 
@@ -234,6 +249,18 @@ impl PageTable {
     /// The caller gives up its claim: the pages go back to what they were, requested where somebody waits.
     pub fn release(&self, range: PageRange) {
         self.change_all(range, |state| state & !FILLING);
+    }
+
+    /// The caller had claimed these pages, and what their file should hold is not there: the caller asks
+    /// the source for them.
+    pub fn lose(&self, range: PageRange) {
+        self.change_all(range, |state| {
+            if state == HELD | FILLING {
+                REQUESTED
+            } else {
+                state
+            }
+        });
     }
 
     /// The guest gave these pages back: they are zero from then on, whatever is still on its way.
@@ -265,6 +292,17 @@ impl PageTable {
             range,
             |state| if state <= REQUESTED { PRESENT } else { state },
         );
+    }
+
+    /// These pages, which were waiting for data, are in the memory's file already. Those that nobody waits for become
+    /// Held. Each run that somebody waits for is claimed as the iterator comes to it, and has to be mapped.
+    pub fn mark_held(&self, range: PageRange) -> impl Iterator<Item = PageRange> {
+        self.change_all(range, |state| if state == ABSENT { HELD } else { state });
+        runs(range, move |rest| {
+            self.take_run(rest, u64::MAX, |state| {
+                (state == REQUESTED).then_some(HELD | FILLING)
+            })
+        })
     }
 
     /// Takes in the source's page map, a bit for each page that is not zero: [`Self::mark_zero`] for the others. A

@@ -70,6 +70,7 @@ impl Model {
             PageState::Absent => FaultAction::Request(unit.range),
             PageState::Present => FaultAction::Wake,
             PageState::Zero | PageState::Removed => FaultAction::FillZero,
+            PageState::Held => FaultAction::Map,
             _ => FaultAction::AlreadyRequested,
         })
     }
@@ -141,6 +142,9 @@ enum Op {
     Claim(PageRange),
     ClaimRun(PageRange, u64),
     ClaimZero(PageRange),
+    ClaimHeld(PageRange, u64),
+    Lose(prop::sample::Index),
+    MarkHeld(PageRange),
     Finish(prop::sample::Index),
     Release(prop::sample::Index),
     Remove(PageRange),
@@ -160,6 +164,9 @@ fn any_op(pages: u64) -> impl Strategy<Value = Op> {
         3 => any_range(pages).prop_map(Op::Claim),
         3 => (any_range(pages), 1..600_u64).prop_map(|(range, max)| Op::ClaimRun(range, max)),
         2 => any_range(pages).prop_map(Op::ClaimZero),
+        2 => (any_range(pages), 1..600_u64).prop_map(|(range, max)| Op::ClaimHeld(range, max)),
+        1 => any::<prop::sample::Index>().prop_map(Op::Lose),
+        2 => any_range(pages).prop_map(Op::MarkHeld),
         4 => any::<prop::sample::Index>().prop_map(Op::Finish),
         2 => any::<prop::sample::Index>().prop_map(Op::Release),
         1 => any_range(pages).prop_map(Op::Remove),
@@ -226,7 +233,50 @@ fn apply(op: Op, layout: &Layout, table: &PageTable, model: &mut Model, held: &m
             assert_eq!(runs, joined(layout, units));
             held.extend(runs);
         }
-        Op::Finish(_) | Op::Release(_) if held.is_empty() => {}
+        Op::ClaimHeld(range, max) => {
+            if let Some(run) = table.claim_held_run(range, max) {
+                let units = model.claim(run, |state| state == PageState::Held);
+                assert_eq!(joined(layout, units), [run], "all of the run was to be had");
+                held.push(run);
+            } else {
+                assert!(
+                    model
+                        .claim(range, |state| state == PageState::Held)
+                        .is_empty()
+                );
+            }
+        }
+        Op::MarkHeld(range) => {
+            let runs: Vec<_> = table.mark_held(range).collect();
+            let units = model.claim(range, |state| state == PageState::Requested);
+            for unit in &units {
+                model.each(*unit, |unit| unit.state = PageState::Held);
+            }
+            model.each(range, |unit| {
+                if unit.state == PageState::Absent && !unit.claimed {
+                    unit.state = PageState::Held;
+                }
+            });
+            assert_eq!(runs, joined(layout, units));
+            held.extend(runs);
+        }
+        Op::Finish(_) | Op::Release(_) | Op::Lose(_) if held.is_empty() => {}
+        Op::Lose(which) => {
+            let at = which.index(held.len());
+            let run = held[at];
+            table.lose(run);
+            let mut lost = false;
+            model.each(run, |unit| {
+                if unit.state == PageState::Held {
+                    lost = true;
+                    unit.state = PageState::Requested;
+                    unit.claimed = false;
+                }
+            });
+            if lost {
+                held.swap_remove(at);
+            }
+        }
         Op::Finish(which) => {
             let run = held.swap_remove(which.index(held.len()));
             table.finish(run);

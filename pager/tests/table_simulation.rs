@@ -131,6 +131,7 @@ impl World {
                 }
                 self.wake(unit);
             }
+            FaultAction::Map => unreachable!("nothing comes early here"),
             FaultAction::FillZero => {
                 let unit = self.table.unit_of(PageIndex(page)).expect("a page");
                 if let Some(run) = self.table.claim_zero_run(unit, u64::MAX) {

@@ -13,7 +13,7 @@ use crate::frames::{READ_PAGES_MAX, header};
 use crate::handover::Phase;
 use crate::rate::RateLimit;
 use crate::scheduler::Urgency;
-use crate::session::Session;
+use crate::session::{Session, lock};
 
 /// A stream is ended when it has taken as much. Short enough for a lost packet to hold back little, long enough for
 /// what a stream costs by itself to be lost in it.
@@ -65,7 +65,7 @@ pub(crate) async fn push(session: &Arc<Session>, connection: &Connection) -> Res
         if pusher.push_next().await? {
             continue;
         }
-        pusher.finish_rest();
+        pusher.finish_last();
         tokio::select! {
             () = woken => {}
             error = connection.closed() => return Err(error.into()),
@@ -74,7 +74,7 @@ pub(crate) async fn push(session: &Arc<Session>, connection: &Connection) -> Res
 }
 
 struct Pusher<'a> {
-    session: &'a Session,
+    session: &'a Arc<Session>,
     connection: &'a Connection,
     limit: Option<RateLimit>,
     /// The stream that pages without urgency go on, and the bytes that it has taken.
@@ -87,6 +87,16 @@ struct Pusher<'a> {
 impl Pusher<'_> {
     /// Pushes what goes next; `false` when there is nothing.
     async fn push_next(&mut self) -> Result<bool, PushError> {
+        if let Some(range) = self.session.next_early() {
+            let session = self.session;
+            session
+                .frames
+                .early_frames(range, &mut self.chunks, |run, bytes| {
+                    lock(&session.early).sent(run, bytes);
+                });
+            self.send_rest().await?;
+            return Ok(true);
+        }
         let Some(batch) = self.session.next_batch(READ_PAGES_MAX) else {
             self.send_rest().await?;
             return Ok(false);
@@ -97,7 +107,7 @@ impl Pusher<'_> {
             Urgency::Window => self.send_window().await?,
             // A long row of zeros gathers into one packet.
             Urgency::Rest if stats.raw_pages == 0 && self.chunks.len() < ZERO_FRAMES => {}
-            Urgency::Rest => self.send_rest().await?,
+            Urgency::Rest | Urgency::Lead => self.send_rest().await?,
         }
         self.session
             .counters
@@ -140,6 +150,22 @@ impl Pusher<'_> {
             self.finish_rest();
         }
         Ok(())
+    }
+
+    /// There is nothing to send for now. Who waits for what went before the pause hears when it has arrived.
+    fn finish_last(&mut self) {
+        if let Some((mut stream, _)) = self.rest.take() {
+            let _ = stream.finish();
+            let arrived = stream.stopped();
+            let session = self.session.clone();
+            tokio::spawn(async move {
+                if arrived.await.is_ok() {
+                    session.early_has_arrived();
+                }
+            });
+        } else if self.session.phase() == Phase::Offered {
+            self.session.early_has_arrived();
+        }
     }
 
     fn finish_rest(&mut self) {

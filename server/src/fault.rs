@@ -10,9 +10,11 @@ use lazyvm_quic::{
 use lazyvm_wire::control::{Lane, Rejection, ToDestination, ToSource, to_source_max};
 use lazyvm_wire::frame::{FaultRequest, FrameError, REQUEST_LEN};
 use quinn::{Connection, ReadExactError, RecvStream, SendStream, VarInt, WriteError};
+use tokio::task::JoinSet;
 
 use crate::handover::{Action, Event, Phase};
 use crate::session::Session;
+use crate::warm_up::warm_up;
 
 /// Time for a destination that was told all to close its connection.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -68,14 +70,29 @@ struct Conversation<'a> {
 impl Conversation<'_> {
     async fn run(&mut self, receiver: &mut ControlReceiver) -> Result<(), ControlStreamError> {
         let limit = to_source_max(self.session.config.machine.layout().pages());
+        // Dropped with the conversation, which ends it.
+        let mut warming = JoinSet::new();
         loop {
-            let message: ToSource = receiver.recv(limit).await?;
+            let message: ToSource = tokio::select! {
+                message = receiver.recv(limit) => message?,
+                // One that ended early has done what it could.
+                Some(_) = warming.join_next() => {
+                    self.take(Event::Ready).await?;
+                    continue;
+                }
+            };
             let event = match message {
-                ToSource::Ready if !self.session.has_bulk_lane() => {
+                ToSource::Ready { .. } if !self.session.has_bulk_lane() => {
                     let rejection = Rejection::Protocol("ready without a bulk lane".to_owned());
                     return self.sender.send(&ToDestination::Rejected(rejection)).await;
                 }
-                ToSource::Ready => Event::Ready,
+                ToSource::Ready { early } if self.session.phase() == Phase::Offered => {
+                    if warming.is_empty() {
+                        warming.spawn(warm_up(self.session.clone(), early));
+                    }
+                    continue;
+                }
+                ToSource::Ready { .. } => Event::Ready,
                 ToSource::Refused { reason } => Event::Refused(reason),
                 ToSource::Started => Event::Started,
                 ToSource::Progress { pages_here } => {
@@ -182,7 +199,7 @@ impl Conversation<'_> {
         let Some(paused) = self.session.paused() else {
             return Ok(());
         };
-        self.session.begin_push(&paused.map);
+        self.session.begin_first_push(&paused);
         let switchover = Box::new((*paused.switchover).clone());
         self.sender
             .send(&ToDestination::Switchover(switchover))

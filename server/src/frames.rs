@@ -72,6 +72,34 @@ impl FrameReader {
         stats
     }
 
+    /// Appends a frame with the pages as they are now, while the machine runs, and passes their bytes to `sent`. What
+    /// is zero or can't be read now is left to the push.
+    pub fn early_frames(
+        &self,
+        range: PageRange,
+        out: &mut Vec<Bytes>,
+        mut sent: impl FnMut(PageRange, &[u8]),
+    ) {
+        let mut buffer = Pool::take(&self.pool, range.bytes() as usize);
+        if self.memory.read(range, &mut buffer.bytes).is_err() {
+            return;
+        }
+        let payload = Bytes::from_owner(buffer);
+        let mut rest = range;
+        while let Some((run, zero)) =
+            next_run(&payload, range.first, rest).filter(|_| !rest.is_empty())
+        {
+            if !zero {
+                let start = ((run.first.0 - range.first.0) as usize) * PAGE_SIZE;
+                let bytes = payload.slice(start..start + run.bytes() as usize);
+                sent(run, &bytes);
+                out.push(header(run, FrameKind::Early));
+                out.push(bytes);
+            }
+            rest = PageRange::new(run.end(), rest.count - run.count);
+        }
+    }
+
     /// The frame that answers a fault on `range`, of at most [`FRAME_PAGES_MAX`] pages: header and bytes in one.
     pub fn demand_frame(&self, range: PageRange) -> Bytes {
         let header_len = lazyvm_wire::frame::FRAME_HEADER_LEN;

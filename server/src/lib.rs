@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod bulk;
+mod early;
 mod endpoint;
 mod fault;
 mod fleet;
@@ -17,10 +18,11 @@ mod rate;
 mod record;
 pub mod scheduler;
 mod session;
+mod warm_up;
 
 pub use endpoint::{FleetHandle, SESSIONS_MAX, Server, ServerError, SessionHandle};
 pub use fleet::FleetConfig;
 pub use handover::{EndReason, Phase};
 pub use rate::RateLimit;
 pub use record::{RecordError, RecordFile, RecordedPhase, SessionRecord, read_record};
-pub use session::{SessionConfig, SessionStatus};
+pub use session::{SessionConfig, SessionStatus, WARM_UP};

@@ -1,6 +1,7 @@
 //! The push scheduler: which pages go next. Pure logic; the caller brings faults in and takes runs out.
 //!
-//! Order: the window around each recent fault, then the rest of the image from front to back. Pages that a vCPU waits
+//! Order: the window around each recent fault, then the pages that are known to be needed soon, then the rest of the
+//! image from front to back. Pages that a vCPU waits
 //! for do not queue here at all: the fault lane answers them at once and tells the scheduler afterwards, so that they
 //! are not pushed again.
 
@@ -20,6 +21,8 @@ pub const WINDOWS_MAX: usize = 1024;
 pub enum Urgency {
     /// No reason of its own; the rest.
     Rest,
+    /// It is needed soon, as far as was known at the pause.
+    Lead,
     /// It lies around a fault.
     Window,
 }
@@ -42,6 +45,8 @@ pub struct PushScheduler {
     unsent: BitVec<u64, Lsb0>,
     remaining: u64,
     windows: VecDeque<PageRange>,
+    /// What goes ahead of the rest, the first first.
+    lead: VecDeque<PageRange>,
     /// No page ahead of it is unsent.
     cursor: usize,
 }
@@ -56,6 +61,7 @@ impl PushScheduler {
             layout,
             remaining: 0,
             windows: VecDeque::new(),
+            lead: VecDeque::new(),
             cursor: 0,
         };
         scheduler.round_to_units();
@@ -76,6 +82,13 @@ impl PushScheduler {
                 }
             }
         }
+    }
+
+    /// These go ahead of the rest, in this order. What is not to be sent among them is left out.
+    pub fn lead_with(&mut self, ranges: impl IntoIterator<Item = PageRange>) {
+        let image = self.image();
+        self.lead
+            .extend(ranges.into_iter().map(|range| range.intersect(image)));
     }
 
     /// The fault lane has answered `range`: it need not be pushed, and what lies around it goes first.
@@ -105,6 +118,14 @@ impl PushScheduler {
                 None => self.windows.pop_back(),
             };
         }
+        while let Some(&ahead) = self.lead.front() {
+            match self.first_unsent(ahead) {
+                Some(first) => {
+                    return Some(self.batch(first, ahead.end(), pages_max, Urgency::Lead));
+                }
+                None => self.lead.pop_front(),
+            };
+        }
         let rest = PageRange::new(
             PageIndex(self.cursor as u64),
             self.image().count - self.cursor as u64,
@@ -128,7 +149,9 @@ impl PushScheduler {
     }
 
     fn first_unsent(&self, within: PageRange) -> Option<PageIndex> {
-        let bits = &self.unsent[within.first.as_usize()..within.end().as_usize()];
+        let bits = self
+            .unsent
+            .get(within.first.as_usize()..within.end().as_usize())?;
         bits.first_one()
             .map(|offset| PageIndex(within.first.0 + offset as u64))
     }

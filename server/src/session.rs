@@ -12,9 +12,10 @@ use lazyvm_wire::{PageMap, PageMapError, PageRange, Secret, SessionId};
 use quinn::Connection;
 use tokio::sync::{Notify, watch};
 
+use crate::early::Early;
 use crate::frames::FrameReader;
 use crate::handover::{Action, EndReason, Event, Handover, Phase};
-use crate::port::SourceMachine;
+use crate::port::{Scout, SourceMachine};
 use crate::record::SessionRecord;
 use crate::scheduler::{Batch, PushScheduler};
 
@@ -28,6 +29,9 @@ pub struct SessionConfig {
     pub push: bool,
     /// Limit of the push in bytes a second; faults are not limited.
     pub max_bandwidth: Option<u64>,
+    /// How long the running machine is watched before the pause, and what it needs first is sent. Without a
+    /// [`Scout`](crate::port::Scout), or with zero, the pause comes at once.
+    pub warm_up: Duration,
     /// Where the session is recorded; `None` for a machine whose loss nobody minds (benchmarks, tests).
     pub record: Option<SessionRecord>,
 }
@@ -40,10 +44,14 @@ impl SessionConfig {
             ticket_lifetime: Duration::from_secs(600),
             push: true,
             max_bandwidth: None,
+            warm_up: WARM_UP,
             record: None,
         }
     }
 }
+
+/// How long the running machine is watched, unless said otherwise: a hot set shows within half a second.
+pub const WARM_UP: Duration = Duration::from_secs(1);
 
 /// How far a session is. Counts pages of 4 KiB.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,6 +100,11 @@ pub(crate) struct Session {
     handover: Mutex<Handover>,
     phase: watch::Sender<Phase>,
     push: Mutex<Option<PushScheduler>>,
+    pub early: Mutex<Early>,
+    /// All that went early has arrived.
+    pub early_arrived: Notify,
+    /// What watched the machine, for a last look when it is paused.
+    pub scout: Mutex<Option<Box<dyn Scout>>>,
     paused: Mutex<Option<Paused>>,
 }
 
@@ -100,6 +113,10 @@ pub(crate) struct Session {
 pub(crate) struct Paused {
     pub switchover: Arc<Switchover>,
     pub map: Arc<PageMap>,
+    /// The pages that the destination has already.
+    pub held: Arc<PageMap>,
+    /// What it needs first.
+    pub lead: Arc<[PageRange]>,
     pub at: Instant,
 }
 
@@ -111,6 +128,9 @@ impl Session {
             secret,
             expires_at_s,
             frames: Arc::new(FrameReader::new(config.machine.memory())),
+            early: Mutex::new(Early::new(config.machine.layout(), seed(id))),
+            early_arrived: Notify::new(),
+            scout: Mutex::new(None),
             config,
             counters: Counters::default(),
             verify: AtomicBool::new(false),
@@ -165,6 +185,9 @@ impl Session {
 
     /// Makes `connection` the lane's; one that was there before is closed, its peer has a new one.
     pub fn attach(&self, lane: Lane, connection: Connection) {
+        if lane == Lane::Bulk {
+            lock(&self.early).give_up();
+        }
         let old = lock(&self.connections)[lane as usize].replace(connection);
         if let Some(old) = old {
             old.close(lazyvm_quic::close_code::GONE, b"superseded");
@@ -254,16 +277,35 @@ impl Session {
         self.counters
             .data
             .store(map.data_pages(), Ordering::Relaxed);
+        let held = lock(&self.early).held(machine.memory().as_ref(), &map);
         let switchover = Switchover {
             state,
             page_map: map.encode(),
+            held: held.encode(),
         };
         *lock(&self.paused) = Some(Paused {
             switchover: Arc::new(switchover),
             map: Arc::new(map),
+            held: Arc::new(held),
+            lead: self.last_look().into(),
             at,
         });
         Ok(())
+    }
+
+    /// What the paused machine needs first, in that order.
+    fn last_look(&self) -> Vec<PageRange> {
+        let Some(scout) = &mut *lock(&self.scout) else {
+            return Vec::new();
+        };
+        match scout.look_paused() {
+            Ok(hints) => [hints.tables, hints.processor, hints.code, hints.hot].concat(),
+            Err(error) => {
+                let error = describe(error.as_ref());
+                tracing::warn!(session = %self.id, %error, "can't find out what the machine needs first; the push goes from front to back");
+                Vec::new()
+            }
+        }
     }
 
     fn page_map(&self) -> Result<PageMap, String> {
@@ -301,15 +343,20 @@ impl Session {
         lock(&self.paused).clone()
     }
 
-    /// Begins the push of all data pages.
-    pub fn begin_push(&self, map: &PageMap) {
+    /// Begins the push of all data pages that the destination does not have.
+    pub fn begin_first_push(&self, paused: &Paused) {
+        let mut missing = paused.map.bits().to_bitvec();
+        missing &= !paused.held.bits().to_bitvec();
+        self.begin_push(&PageMap::from_bits(missing), &paused.lead);
+    }
+
+    fn begin_push(&self, map: &PageMap, lead: &[PageRange]) {
         if !self.config.push {
             return;
         }
-        *lock(&self.push) = Some(PushScheduler::new(
-            map,
-            self.config.machine.layout().clone(),
-        ));
+        let mut push = PushScheduler::new(map, self.config.machine.layout().clone());
+        push.lead_with(lead.iter().copied());
+        *lock(&self.push) = Some(push);
         self.push_wake.notify_waiters();
     }
 
@@ -317,7 +364,7 @@ impl Session {
     pub fn push_missing(&self, missing: &[u8]) -> Result<(), PageMapError> {
         let missing = PageMap::decode(missing, self.config.machine.layout().pages())?;
         if self.serves_pages() {
-            self.begin_push(&missing);
+            self.begin_push(&missing, &[]);
         }
         Ok(())
     }
@@ -325,6 +372,37 @@ impl Session {
     /// The next pages to push, if any.
     pub fn next_batch(&self, pages_max: u64) -> Option<Batch> {
         lock(&self.push).as_mut()?.next(pages_max)
+    }
+
+    /// These pages are to be sent before the pause.
+    pub fn queue_early(&self, ranges: impl IntoIterator<Item = PageRange>) {
+        lock(&self.early).queue(self.config.machine.layout(), ranges);
+        self.push_wake.notify_waiters();
+    }
+
+    /// The next pages that go before the pause, if any.
+    pub fn next_early(&self) -> Option<PageRange> {
+        if self.phase() != Phase::Offered {
+            return None;
+        }
+        lock(&self.early).next()
+    }
+
+    /// What went before the pause has arrived.
+    pub fn early_has_arrived(&self) {
+        lock(&self.early).arrived();
+        self.early_arrived.notify_waiters();
+    }
+
+    /// Waits until all that was queued to go before the pause has arrived.
+    pub async fn early_settled(&self) {
+        loop {
+            let arrived = self.early_arrived.notified();
+            if !lock(&self.early).is_pending() {
+                return;
+            }
+            arrived.await;
+        }
     }
 
     /// Tells the push that a fault was answered.
@@ -375,8 +453,14 @@ pub(crate) fn now_s() -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
+/// A number that nobody outside of the session knows.
+fn seed(id: SessionId) -> u64 {
+    id.0.iter()
+        .fold(0, |seed, &byte| (seed << 8 | seed >> 56) ^ u64::from(byte))
+}
+
 /// A panic elsewhere leaves these values whole: each is changed in one step.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -27,11 +27,11 @@ pub const HELLO_MAX: usize = 512;
 pub const CONTROL_MAX: usize = COMPATIBILITY_MAX + 64 * 1024;
 
 /// Largest [`ToDestination::Switchover`] of any image, in bytes.
-pub const SWITCHOVER_MAX: usize = STATE_MAX + PAGE_MAP_BYTES_MAX + 4096;
+pub const SWITCHOVER_MAX: usize = STATE_MAX + 2 * PAGE_MAP_BYTES_MAX + 4096;
 
 /// Largest [`ToDestination::Switchover`] of an image of `pages` pages, in bytes.
 pub fn switchover_max(pages: u64) -> usize {
-    STATE_MAX + page_map_bytes_max(pages) + 4096
+    STATE_MAX + 2 * page_map_bytes_max(pages) + 4096
 }
 
 /// Largest [`ToSource`] of an image of `pages` pages, in bytes.
@@ -67,7 +67,10 @@ pub struct Hello {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToSource {
     /// Memory is registered, the machine is made, the bulk lane is open: pause and hand over.
-    Ready,
+    Ready {
+        /// Pages may come before the pause: the memory can keep them where the guest does not see them yet.
+        early: bool,
+    },
     /// The machine can't be taken: before the switchover its offer, after it its state.
     Refused {
         /// Why, in the destination's words.
@@ -127,6 +130,12 @@ pub struct Switchover {
         deserialize_with = "bounded::bytes::<_, PAGE_MAP_BYTES_MAX>"
     )]
     pub page_map: Vec<u8>,
+    /// The pages that came early and have not changed since, written alike; each is in the page map too.
+    #[serde(
+        serialize_with = "bounded::serialize_bytes",
+        deserialize_with = "bounded::bytes::<_, PAGE_MAP_BYTES_MAX>"
+    )]
+    pub held: Vec<u8>,
 }
 
 /// Without the state, which holds the guest's registers and with them its secrets.
@@ -135,6 +144,7 @@ impl fmt::Debug for Switchover {
         f.debug_struct("Switchover")
             .field("state_len", &self.state.len())
             .field("page_map_len", &self.page_map.len())
+            .field("held_len", &self.held.len())
             .finish()
     }
 }
@@ -232,7 +242,7 @@ const BUFFER_KEPT: usize = 64 * 1024;
 /// ```
 /// use lazyvm_wire::control::{CONTROL_MAX, Decoder, ToSource, encode};
 ///
-/// let mut stream = encode(&ToSource::Ready)?;
+/// let mut stream = encode(&ToSource::Ready { early: true })?;
 /// stream.extend(encode(&ToSource::Progress { pages_here: 7 })?);
 ///
 /// let mut decoder = Decoder::default();
@@ -243,7 +253,7 @@ const BUFFER_KEPT: usize = 64 * 1024;
 ///         messages.push(message);
 ///     }
 /// }
-/// assert_eq!(messages, [ToSource::Ready, ToSource::Progress { pages_here: 7 }]);
+/// assert_eq!(messages, [ToSource::Ready { early: true }, ToSource::Progress { pages_here: 7 }]);
 /// # Ok::<(), lazyvm_wire::control::ControlError>(())
 /// ```
 #[derive(Default)]

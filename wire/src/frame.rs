@@ -12,8 +12,9 @@
 //! frame    0  first page  u64
 //!          8  pages       u32, 1 to 512; zero and digest of zeros to 2^31
 //!         12  payload     u32, bytes that follow the header
-//!         16  kind        u8: 0 zero, 1 raw, 2 digests, 3 digest of zeros, 4 unreadable
-//!         17  reserved    seven bytes, zero
+//!         16  kind        u8: 0 zero, 1 raw, 2 digests, 3 digest of zeros, 4 unreadable, 5 early
+//!         17  encoding    u8: 0 plain; of raw and early frames also 1 LZ4 block, 2 Zstandard frame
+//!         18  reserved    six bytes, zero
 //! ```
 
 use zerocopy::little_endian::{U32, U64};
@@ -53,7 +54,8 @@ struct RawFrame {
     count: U32,
     payload: U32,
     kind: u8,
-    reserved: [u8; 7],
+    encoding: u8,
+    reserved: [u8; 6],
 }
 
 /// What a frame says of its pages.
@@ -69,6 +71,9 @@ pub enum FrameKind {
     ZeroDigests,
     /// The source can't read them. They must not be made up; no payload.
     Unreadable,
+    /// The payload is their bytes at some instant before the pause. They count where the switchover says that they did
+    /// not change since. No page comes early twice.
+    Early,
 }
 
 impl FrameKind {
@@ -76,7 +81,16 @@ impl FrameKind {
     pub const fn pages_max(self) -> u64 {
         match self {
             Self::Zero | Self::ZeroDigests => FRAME_ZERO_PAGES_MAX,
-            Self::Raw | Self::Digests | Self::Unreadable => FRAME_PAGES_MAX,
+            Self::Raw | Self::Digests | Self::Unreadable | Self::Early => FRAME_PAGES_MAX,
+        }
+    }
+
+    /// Bytes of payload for these pages, uncompressed.
+    fn plain_len(self, range: PageRange) -> u64 {
+        match self {
+            Self::Raw | Self::Early => range.bytes(),
+            Self::Digests => range.count.saturating_mul(size_of::<u64>() as u64),
+            Self::Zero | Self::ZeroDigests | Self::Unreadable => 0,
         }
     }
 
@@ -87,6 +101,7 @@ impl FrameKind {
             Self::Digests => 2,
             Self::ZeroDigests => 3,
             Self::Unreadable => 4,
+            Self::Early => 5,
         }
     }
 
@@ -97,7 +112,38 @@ impl FrameKind {
             2 => Self::Digests,
             3 => Self::ZeroDigests,
             4 => Self::Unreadable,
+            5 => Self::Early,
             unknown => return Err(FrameError::Kind(unknown)),
+        })
+    }
+}
+
+/// How the bytes of pages are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    /// As they are.
+    Plain,
+    /// As one LZ4 block, without a length of its own.
+    Lz4,
+    /// As one Zstandard frame.
+    Zstd,
+}
+
+impl Encoding {
+    const fn code(self) -> u8 {
+        match self {
+            Self::Plain => 0,
+            Self::Lz4 => 1,
+            Self::Zstd => 2,
+        }
+    }
+
+    fn from_code(code: u8) -> Result<Self, FrameError> {
+        Ok(match code {
+            0 => Self::Plain,
+            1 => Self::Lz4,
+            2 => Self::Zstd,
+            unknown => return Err(FrameError::Encoding(unknown)),
         })
     }
 }
@@ -109,6 +155,9 @@ pub struct FrameHeader {
     pub range: PageRange,
     /// What it says of them.
     pub kind: FrameKind,
+    /// How the payload is written.
+    pub encoding: Encoding,
+    payload: u32,
 }
 
 /// A request or a header that breaks the form.
@@ -137,6 +186,9 @@ pub enum FrameError {
     /// An unknown kind.
     #[error("a frame of an unknown kind {0}")]
     Kind(u8),
+    /// An unknown encoding, or one that the kind may not have.
+    #[error("a frame of an unknown encoding {0}")]
+    Encoding(u8),
     /// A reserved field that is not zero.
     #[error("a frame whose reserved bytes are not zero")]
     Reserved,
@@ -178,16 +230,26 @@ impl FaultRequest {
 impl FrameHeader {
     /// A header; the pages' count is at most the kind's [`FrameKind::pages_max`].
     pub fn new(range: PageRange, kind: FrameKind) -> Self {
-        Self { range, kind }
+        Self {
+            range,
+            kind,
+            encoding: Encoding::Plain,
+            payload: saturate(kind.plain_len(range)),
+        }
+    }
+
+    /// The header of a compressed [`FrameKind::Raw`] or [`FrameKind::Early`] frame. `payload` is less than the pages.
+    pub fn packed(range: PageRange, kind: FrameKind, encoding: Encoding, payload: usize) -> Self {
+        Self {
+            encoding,
+            payload: saturate(payload as u64),
+            ..Self::new(range, kind)
+        }
     }
 
     /// Bytes of payload that follow.
     pub fn payload_len(self) -> usize {
-        match self.kind {
-            FrameKind::Raw => self.range.bytes() as usize,
-            FrameKind::Digests => (self.range.count as usize).saturating_mul(size_of::<u64>()),
-            FrameKind::Zero | FrameKind::ZeroDigests | FrameKind::Unreadable => 0,
-        }
+        self.payload as usize
     }
 
     /// Its bytes. A range that the kind may not have gives bytes that no peer accepts.
@@ -195,9 +257,10 @@ impl FrameHeader {
         zerocopy::transmute!(RawFrame {
             first: U64::new(self.range.first.0),
             count: U32::new(saturate(self.range.count)),
-            payload: U32::new(saturate(self.payload_len() as u64)),
+            payload: U32::new(self.payload),
             kind: self.kind.code(),
-            reserved: [0; 7],
+            encoding: self.encoding.code(),
+            reserved: [0; 6],
         })
     }
 
@@ -208,7 +271,8 @@ impl FrameHeader {
     pub fn decode(bytes: &[u8; FRAME_HEADER_LEN], image_pages: u64) -> Result<Self, FrameError> {
         let raw: RawFrame = zerocopy::transmute!(*bytes);
         let kind = FrameKind::from_code(raw.kind)?;
-        if raw.reserved != [0; 7] {
+        let encoding = Encoding::from_code(raw.encoding)?;
+        if raw.reserved != [0; 6] {
             return Err(FrameError::Reserved);
         }
         let range = check_range(
@@ -217,15 +281,26 @@ impl FrameHeader {
             kind.pages_max(),
             image_pages,
         )?;
-        let header = Self { range, kind };
-        let expected = header.payload_len() as u64;
-        if u64::from(raw.payload.get()) != expected {
+        let plain = kind.plain_len(range);
+        let payload = raw.payload.get();
+        let allowed = match (encoding, kind) {
+            (Encoding::Plain, _) => u64::from(payload) == plain,
+            // Who can't make pages smaller sends them as they are.
+            (_, FrameKind::Raw | FrameKind::Early) => payload != 0 && u64::from(payload) < plain,
+            _ => return Err(FrameError::Encoding(raw.encoding)),
+        };
+        if !allowed {
             return Err(FrameError::Payload {
-                found: raw.payload.get(),
-                expected,
+                found: payload,
+                expected: plain,
             });
         }
-        Ok(header)
+        Ok(Self {
+            range,
+            kind,
+            encoding,
+            payload,
+        })
     }
 }
 

@@ -23,11 +23,18 @@ pub struct Entry {
 }
 
 /// All versions, oldest first. Both ends speak every one in [`SUPPORTED`].
-pub const LEDGER: &[Entry] = &[Entry {
-    version: Version(1),
-    changes: "post-copy: hello, welcome, switchover with page map, demand faults on streams of their own, \
-              push of zero and raw extents, digests, progress, completion, rejoining",
-}];
+pub const LEDGER: &[Entry] = &[
+    Entry {
+        version: Version(1),
+        changes: "post-copy: hello, welcome, switchover with page map, demand faults on streams of their own, \
+                  push of zero and raw extents, digests, progress, completion, rejoining",
+    },
+    Entry {
+        version: Version(2),
+        changes: "pages before the pause: early extents, what the destination can take of them (ready), which of \
+                  them hold (switchover); version 1 is no longer spoken",
+    },
+];
 
 /// Versions that a side speaks, from `min` to `max`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,8 +47,8 @@ pub struct VersionRange {
 
 /// What this build speaks.
 pub const SUPPORTED: VersionRange = VersionRange {
-    min: Version(1),
-    max: Version(1),
+    min: Version(2),
+    max: Version(2),
 };
 
 impl VersionRange {

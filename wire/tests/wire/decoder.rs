@@ -101,6 +101,6 @@ fn an_error_stays_whatever_follows() {
             decoder.next::<ToSource>(CONTROL_MAX),
             Err(ControlError::Malformed)
         );
-        decoder.push(&encode(&ToSource::Ready).unwrap());
+        decoder.push(&encode(&ToSource::Ready { early: true }).unwrap());
     }
 }

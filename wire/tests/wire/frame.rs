@@ -1,18 +1,19 @@
 //! Requests and frame headers.
 
 use lazyvm_wire::frame::{
-    FRAME_HEADER_LEN, FRAME_PAGES_MAX, FRAME_PAYLOAD_MAX, FRAME_ZERO_PAGES_MAX, FaultRequest,
-    FrameError, FrameHeader, FrameKind, REQUEST_LEN,
+    Encoding, FRAME_HEADER_LEN, FRAME_PAGES_MAX, FRAME_PAYLOAD_MAX, FRAME_ZERO_PAGES_MAX,
+    FaultRequest, FrameError, FrameHeader, FrameKind, REQUEST_LEN,
 };
 use lazyvm_wire::{IMAGE_PAGES_MAX, PageIndex, PageRange};
 use proptest::prelude::*;
 
-pub const KINDS: [FrameKind; 5] = [
+pub const KINDS: [FrameKind; 6] = [
     FrameKind::Zero,
     FrameKind::Raw,
     FrameKind::Digests,
     FrameKind::ZeroDigests,
     FrameKind::Unreadable,
+    FrameKind::Early,
 ];
 
 fn range(first: u64, count: u64) -> PageRange {
@@ -71,7 +72,7 @@ fn reserved_bytes_are_zero() {
         assert_eq!(FaultRequest::decode(&bytes, 10), Err(FrameError::Reserved));
     }
     let good = FrameHeader::new(range(1, 1), FrameKind::Raw).encode();
-    for at in 17..FRAME_HEADER_LEN {
+    for at in 18..FRAME_HEADER_LEN {
         let mut bytes = good;
         bytes[at] = 1;
         assert_eq!(FrameHeader::decode(&bytes, 10), Err(FrameError::Reserved));
@@ -92,9 +93,40 @@ fn a_payload_is_as_long_as_kind_and_pages_say() {
 }
 
 #[test]
+fn only_pages_are_compressed_and_only_where_that_saves_bytes() {
+    let plain = 3 * 4096;
+    for encoding in [Encoding::Lz4, Encoding::Zstd] {
+        for kind in KINDS {
+            let packed =
+                |payload| decode(FrameHeader::packed(range(0, 3), kind, encoding, payload));
+            if matches!(kind, FrameKind::Raw | FrameKind::Early) {
+                let header = packed(plain - 1).unwrap();
+                assert_eq!(
+                    (header.encoding, header.payload_len()),
+                    (encoding, plain - 1)
+                );
+                for payload in [0, plain, plain + 1] {
+                    assert!(matches!(packed(payload), Err(FrameError::Payload { .. })));
+                }
+            } else {
+                assert!(matches!(packed(1), Err(FrameError::Encoding(_))));
+            }
+        }
+    }
+    let mut bytes = FrameHeader::new(range(0, 1), FrameKind::Raw).encode();
+    for encoding in 3..=u8::MAX {
+        bytes[17] = encoding;
+        assert_eq!(
+            FrameHeader::decode(&bytes, 10),
+            Err(FrameError::Encoding(encoding))
+        );
+    }
+}
+
+#[test]
 fn an_unknown_kind_is_named() {
     let mut bytes = FrameHeader::new(range(0, 1), FrameKind::Zero).encode();
-    for kind in 5..=u8::MAX {
+    for kind in 6..=u8::MAX {
         bytes[16] = kind;
         assert_eq!(FrameHeader::decode(&bytes, 10), Err(FrameError::Kind(kind)));
     }
@@ -111,7 +143,7 @@ fn a_range_that_was_not_checked_saturates() {
     assert_eq!(range(u64::MAX - 1, 9).pages().len(), 1);
     assert_eq!(
         FrameHeader::new(wild, FrameKind::Digests).payload_len(),
-        usize::MAX
+        u32::MAX as usize
     );
 }
 

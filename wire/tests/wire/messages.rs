@@ -38,7 +38,7 @@ fn every_message_to_the_source_comes_back() {
     for message in &messages {
         // A new message does not compile here until it has a sample, which the count then demands.
         match message {
-            ToSource::Ready
+            ToSource::Ready { .. }
             | ToSource::Refused { .. }
             | ToSource::Started
             | ToSource::Progress { .. }
@@ -103,6 +103,7 @@ fn no_debug_output_shows_a_secret_or_a_state() {
     let switchover = Switchover {
         state: vec![samples::SECRET_BYTE; 32],
         page_map: Vec::new(),
+        held: Vec::new(),
     };
     for shown in [
         format!("{:?}", samples::secret()),
@@ -146,7 +147,7 @@ fn text() -> impl Strategy<Value = String> {
 
 fn any_to_source() -> impl Strategy<Value = ToSource> {
     prop_oneof![
-        Just(ToSource::Ready),
+        any::<bool>().prop_map(|early| ToSource::Ready { early }),
         Just(ToSource::Started),
         text().prop_map(|reason| ToSource::Refused { reason }),
         any::<u64>().prop_map(|pages_here| ToSource::Progress { pages_here }),
@@ -180,8 +181,12 @@ fn any_to_destination() -> impl Strategy<Value = ToDestination> {
         );
     prop_oneof![
         welcome,
-        (bytes(), bytes()).prop_map(|(state, page_map)| {
-            ToDestination::Switchover(Box::new(Switchover { state, page_map }))
+        (bytes(), bytes(), bytes()).prop_map(|(state, page_map, held)| {
+            ToDestination::Switchover(Box::new(Switchover {
+                state,
+                page_map,
+                held,
+            }))
         }),
         text().prop_map(|text| ToDestination::Rejected(Rejection::Machine(text))),
         text().prop_map(|text| ToDestination::Rejected(Rejection::Protocol(text))),

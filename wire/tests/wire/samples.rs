@@ -95,7 +95,7 @@ pub fn welcome() -> Welcome {
 
 pub fn to_source() -> Vec<ToSource> {
     vec![
-        ToSource::Ready,
+        ToSource::Ready { early: true },
         ToSource::Refused {
             reason: "no room".to_owned(),
         },
@@ -118,6 +118,7 @@ pub fn to_destination() -> Vec<ToDestination> {
         ToDestination::Switchover(Box::new(Switchover {
             state: vec![1, 2, 3, 4, 5],
             page_map: page_map().encode(),
+            held: page_map().encode(),
         })),
         ToDestination::Running {
             downtime_us: 12_345,

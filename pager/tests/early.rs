@@ -1,0 +1,210 @@
+//! Pages that come before the machine is handed over: those that hold are the guest's, those that went stale never are.
+
+// Clippy allows these in tests only, not in what tests share.
+#![allow(clippy::expect_used)]
+
+mod common;
+
+use std::sync::{Arc, Mutex};
+
+use bitvec::prelude::{BitVec, Lsb0};
+use common::{Handler, Image, Kind, Random, installer, read_page};
+use lazyvm_pager::install::Installer;
+use lazyvm_pager::table::PageState;
+use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange};
+use proptest::prelude::*;
+
+const PAGES: u64 = 512;
+
+fn page(number: u64) -> PageRange {
+    PageRange::one(PageIndex(number))
+}
+
+fn image() -> Arc<Image> {
+    Arc::new(Image::new(Kind::SharedMinor.layout(PAGES), |page| {
+        page % 7 == 3
+    }))
+}
+
+fn keep(installer: &Installer, range: PageRange, data: &[u8]) -> Vec<PageRange> {
+    let mut late = Vec::new();
+    installer
+        .keep(range, data, |range, data| {
+            late.push(range);
+            installer.install(range, data).map(|_| ())
+        })
+        .expect("an early page");
+    late
+}
+
+/// What the guest sees, page for page.
+fn assert_is(installer: &Arc<Installer>, image: &Arc<Image>) {
+    let handler = Handler::start(installer, image);
+    for number in 0..image.layout.pages() {
+        assert!(
+            read_page(installer.memory(), number) == image.page(number),
+            "page {number}, {:?}",
+            installer.table().state(PageIndex(number))
+        );
+    }
+    handler.stop();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+
+    /// Any pages come early, right or stale, before or after the switchover, some are touched before it.
+    #[test]
+    fn the_guest_sees_what_the_source_had_at_the_pause(
+        seed in any::<u64>(),
+        early in proptest::collection::vec((0..PAGES + 48, 1..20_u64), 0..60),
+        touched in proptest::collection::vec(0..PAGES + 48, 0..6),
+    ) {
+        let image = image();
+        let Some(installer) = installer("early", Kind::SharedMinor, &image.layout, false) else {
+            return Ok(());
+        };
+        let mut random = Random::new(seed);
+        let pages = image.layout.pages();
+        let mut held: BitVec<u64, Lsb0> = BitVec::repeat(false, pages as usize);
+        let mut sent = vec![false; pages as usize];
+        let mut late = Vec::new();
+        for &number in &touched {
+            installer.table().fault(PageIndex(number));
+        }
+        for (first, count) in early {
+            // One frame: pages of one region that went neither before.
+            let end = if first < 48 { 48 } else { pages };
+            let range = PageRange::new(PageIndex(first), count.min(end - first));
+            if range.pages().any(|page| std::mem::replace(&mut sent[page.as_usize()], true)) {
+                for page in range.pages() {
+                    sent[page.as_usize()] = true;
+                    held.set(page.as_usize(), false);
+                }
+                continue;
+            }
+            let mut data = image.of(range).to_vec();
+            for (page, bytes) in range.pages().zip(data.chunks_exact_mut(PAGE_SIZE)) {
+                let right = random.below(3) > 0 && image.map[page.as_usize()];
+                held.set(page.as_usize(), right);
+                if !right {
+                    bytes.fill(0xee);
+                }
+            }
+            if random.below(4) == 0 {
+                late.push((range, data));
+            } else {
+                prop_assert!(keep(&installer, range, &data).is_empty());
+            }
+        }
+        installer.apply_map(&image.map).expect("a map");
+        let here = installer.hold(&held).expect("held pages");
+        prop_assert!(here <= held.count_ones() as u64);
+        if random.below(2) == 0 {
+            installer.map_held().expect("mapped");
+        }
+        for (range, data) in late {
+            for part in keep(&installer, range, &data) {
+                prop_assert!(part.pages().all(|page| held[page.as_usize()]));
+            }
+        }
+        let installer = Arc::new(installer);
+        // Nobody asked for what was touched before the switchover and is not here.
+        let asked: Vec<_> = installer.table().requested().collect();
+        for range in asked {
+            installer.install(range, image.of(range)).expect("an install");
+        }
+        assert_is(&installer, &image);
+    }
+}
+
+#[test]
+fn the_rest_is_right_too_when_the_memory_is_let_go() {
+    let image = image();
+    let Some(installer) = installer("early_complete", Kind::SharedMinor, &image.layout, false)
+    else {
+        return;
+    };
+    let pages = image.layout.pages();
+    let mut held: BitVec<u64, Lsb0> = BitVec::repeat(false, pages as usize);
+    for number in 0..pages {
+        // Every other page holds; what is zero at the pause was something else before.
+        let right = number % 2 == 0 && image.map[number as usize];
+        held.set(number as usize, right);
+        let data = if right {
+            image.page(number).to_vec()
+        } else {
+            vec![7; PAGE_SIZE]
+        };
+        keep(&installer, page(number), &data);
+    }
+    installer.apply_map(&image.map).expect("a map");
+    installer.hold(&held).expect("held pages");
+    assert_eq!(installer.table().state(PageIndex(0)), Some(PageState::Held));
+    let missing: Vec<_> = installer.table().missing().collect();
+    for range in missing {
+        installer
+            .install(range, image.of(range))
+            .expect("an install");
+    }
+    installer.complete().expect("complete");
+    for number in 0..pages {
+        assert!(
+            read_page(installer.memory(), number) == image.page(number),
+            "page {number}"
+        );
+    }
+}
+
+#[test]
+fn a_page_that_the_file_lost_is_asked_for() {
+    use nix::fcntl::{FallocateFlags, fallocate};
+    let image = image();
+    let Some(installer) = installer("early_lost", Kind::SharedMinor, &image.layout, false) else {
+        return;
+    };
+    for number in 0..8 {
+        keep(&installer, page(number), image.page(number));
+    }
+    installer.apply_map(&image.map).expect("a map");
+    let mut held: BitVec<u64, Lsb0> = BitVec::repeat(false, image.layout.pages() as usize);
+    held[..3].fill(true);
+    assert_eq!(installer.hold(&held).expect("held pages"), 3);
+    let (file, start) = installer.memory().regions()[0]
+        .file
+        .clone()
+        .expect("a file");
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(
+        file.as_ref(),
+        flags,
+        start as i64 + PAGE_SIZE as i64,
+        PAGE_SIZE as i64,
+    )
+    .expect("a hole");
+    installer.map_held().expect("mapped");
+    let state = |number| installer.table().state(PageIndex(number));
+    assert_eq!(
+        [state(0), state(1), state(2)],
+        [
+            Some(PageState::Present),
+            Some(PageState::Requested),
+            Some(PageState::Present)
+        ]
+    );
+}
+
+#[test]
+fn memory_without_a_file_takes_nothing_early() {
+    let image = Arc::new(Image::new(Kind::Anonymous.layout(PAGES), |_| false));
+    let Some(installer) = installer("early_private", Kind::Anonymous, &image.layout, false) else {
+        return;
+    };
+    assert!(!installer.takes_early());
+    let never = Mutex::new(false);
+    let refused = installer.keep(page(0), image.page(0), |_, _| {
+        *never.lock().expect("unpoisoned") = true;
+        Ok(())
+    });
+    assert!(refused.is_err() && !*never.lock().expect("unpoisoned"));
+}
