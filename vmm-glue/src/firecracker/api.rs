@@ -98,6 +98,45 @@ pub enum SnapshotKind {
     Diff,
 }
 
+/// What a state is loaded with. The paths are as Firecracker sees them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadSnapshot {
+    /// The state file.
+    pub state: PathBuf,
+    /// The page-fault socket.
+    pub page_faults: PathBuf,
+    /// The machine keeps a record of the pages that it writes, so that diff snapshots can be made of it.
+    pub tracks_dirty_pages: bool,
+    /// Who is to load it, where that is known.
+    pub release: Option<(u32, u32)>,
+}
+
+/// The first release that knows `track_dirty_pages` when it loads; before, it was `enable_diff_snapshots`.
+const TRACK_DIRTY_PAGES: (u32, u32) = (1, 13);
+
+impl LoadSnapshot {
+    fn body(&self) -> Value {
+        let mut body = json!({
+            "snapshot_path": self.state,
+            "mem_backend": {"backend_type": "Uffd", "backend_path": self.page_faults},
+            "resume_vm": false,
+        });
+        // A release refuses a field that it does not know, so it is only there where it says something.
+        if self.tracks_dirty_pages {
+            let is_old = self
+                .release
+                .is_some_and(|release| release < TRACK_DIRTY_PAGES);
+            let name = if is_old {
+                "enable_diff_snapshots"
+            } else {
+                "track_dirty_pages"
+            };
+            body[name] = Value::Bool(true);
+        }
+        body
+    }
+}
+
 /// A Firecracker's API socket.
 #[derive(Clone, Debug)]
 pub struct Api {
@@ -211,13 +250,14 @@ impl Api {
     ///
     /// # Errors
     /// [`ApiError`].
-    pub fn load_snapshot(&self, state: &Path, page_faults: &Path) -> Result<(), ApiError> {
-        let body = json!({
-            "snapshot_path": state,
-            "mem_backend": {"backend_type": "Uffd", "backend_path": page_faults},
-            "resume_vm": false,
-        });
-        self.tell("load the state", "PUT", "/snapshot/load", &body, LONG)
+    pub fn load_snapshot(&self, load: &LoadSnapshot) -> Result<(), ApiError> {
+        self.tell(
+            "load the state",
+            "PUT",
+            "/snapshot/load",
+            &load.body(),
+            LONG,
+        )
     }
 
     fn ask<T: for<'a> Deserialize<'a>>(
@@ -400,6 +440,36 @@ mod tests {
 
     use super::*;
 
+    fn load() -> LoadSnapshot {
+        LoadSnapshot {
+            state: "/a/state".into(),
+            page_faults: "/a/faults".into(),
+            tracks_dirty_pages: false,
+            release: None,
+        }
+    }
+
+    #[test]
+    fn each_release_is_told_of_dirty_pages_in_its_own_words() {
+        for (release, name) in [
+            (Some((1, 1)), "enable_diff_snapshots"),
+            (Some((1, 12)), "enable_diff_snapshots"),
+            (Some((1, 13)), "track_dirty_pages"),
+            (Some((2, 0)), "track_dirty_pages"),
+            (None, "track_dirty_pages"),
+        ] {
+            let body = LoadSnapshot {
+                tracks_dirty_pages: true,
+                release,
+                ..load()
+            }
+            .body();
+            assert_eq!(body[name], true, "{body}");
+            assert_eq!(body.as_object().unwrap().len(), 4, "{body}");
+        }
+        assert_eq!(load().body().as_object().unwrap().len(), 3);
+    }
+
     /// An API that gives one answer; what it was asked, and what came of it.
     fn once<T: Send>(answer: &[u8], ask: impl FnOnce(&Api) -> T + Send) -> (T, String) {
         let home = tempfile::tempdir().unwrap();
@@ -430,7 +500,7 @@ mod tests {
         assert_eq!(info.unwrap().state, "Not started");
         assert!(asked.starts_with("GET / HTTP/1.1\r\n"), "{asked}");
         let (done, asked) = once(b"HTTP/1.1 204 \r\nServer: Firecracker API\r\n\r\n", |api| {
-            api.load_snapshot(Path::new("/a/state"), Path::new("/a/faults"))
+            api.load_snapshot(&load())
         });
         done.unwrap();
         assert!(asked.ends_with(
