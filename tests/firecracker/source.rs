@@ -39,13 +39,14 @@ pub struct Source {
 
 impl Source {
     pub fn new(role: &Role) -> Self {
-        let bytes = fs::metadata(&role.memory).unwrap().len();
         let is_source = role.fault.starts_with("source");
-        let pages = if is_source {
-            bytes / PAGE_SIZE as u64
+        // The memory of another one is there only when the source has been paused.
+        let bytes = if is_source {
+            fs::metadata(&role.memory).unwrap().len()
         } else {
-            1
+            PAGE_SIZE as u64
         };
+        let pages = bytes / PAGE_SIZE as u64;
         let memory = LazyMemory::anonymous(&Layout::flat(pages).unwrap()).unwrap();
         let source = Self {
             runs: AtomicBool::new(true),

@@ -158,9 +158,7 @@ impl FrozenMemory {
         if self.holds.load(Ordering::SeqCst) {
             return Ok(());
         }
-        Err(io::Error::other(
-            "Firecracker ended, or was let go, while its memory was served",
-        ))
+        Err(gone())
     }
 
     /// Runs of pages of a region that are there, as addresses.
@@ -178,13 +176,23 @@ impl FrozenMemory {
     }
 }
 
+fn gone() -> io::Error {
+    io::Error::other("Firecracker ended, or was let go, while its memory was served")
+}
+
 impl SourceMemory for FrozenMemory {
     fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
         self.guest.pieces(range, |_, address, bytes, before| {
             let to = (before as usize)..(before + bytes) as usize;
             let out = out.get_mut(to).ok_or(io::ErrorKind::InvalidInput)?;
-            self.guest.memory.read_exact_at(out, address)
+            let read = self.guest.memory.read_exact_at(out, address);
+            read.map_err(|error| match error.kind() {
+                // A process that has ended has no memory.
+                io::ErrorKind::UnexpectedEof => gone(),
+                _ => error,
+            })
         })?;
+        // Where it has gone on meanwhile, nobody knows what was read before that and what after.
         self.check()
     }
 
