@@ -38,8 +38,12 @@ const DIFFS_AFTER_FULL: (u32, u32) = (1, 8);
 /// Room for a state, of which some have several MiB.
 const STATE_ROOM_MIB: u64 = 32;
 
-/// Time for Firecracker to end by itself.
-const END_TIMEOUT: Duration = Duration::from_secs(3);
+/// Time for Firecracker to end at SIGTERM, for which it has no handler: it ends at once, or, as the first process of a
+/// jail with a pid namespace of its own, never.
+const END_TIMEOUT: Duration = Duration::from_millis(300);
+
+/// Time for it to end when it is killed: much memory takes a while.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
@@ -388,16 +392,15 @@ impl SourceMachine for FirecrackerMachine {
         Ok(())
     }
 
-    /// Firecracker ends by itself at SIGTERM, or is ended.
     fn release(&self) -> Result<(), MachineError> {
         self.memory.set(None);
-        for by_force in [false, true] {
+        for (by_force, timeout) in [(false, END_TIMEOUT), (true, KILL_TIMEOUT)] {
             if self.process.has_ended() {
                 break;
             }
             self.process.signal(by_force)?;
             let start = Instant::now();
-            while !self.process.has_ended() && start.elapsed() < END_TIMEOUT {
+            while !self.process.has_ended() && start.elapsed() < timeout {
                 thread::sleep(Duration::from_millis(10));
             }
         }
