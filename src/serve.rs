@@ -67,7 +67,7 @@ pub struct ServeArgs {
     /// A disk to move along (not in this release); may be repeated
     #[arg(long, value_name = "NAME=FILE")]
     disk: Vec<String>,
-    /// Where a Firecracker writes its memory at the hand-over [default: /dev/shm, or beside its API socket]
+    /// Have a Firecracker write its memory to a file here at the hand-over, and serve that [default: read it from its process]
     #[arg(long, value_name = "DIR", requires = "firecracker")]
     scratch: Option<PathBuf>,
     #[command(flatten)]

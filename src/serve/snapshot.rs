@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use lazyvm_server::{FleetConfig, FleetHandle, Phase, Server};
-use lazyvm_vmm_glue::firecracker::snapshot::{SnapshotFiles, SnapshotMachine};
+use lazyvm_vmm_glue::firecracker::snapshot::{SnapshotFiles, SnapshotMachine, SnapshotOptions};
 use lazyvm_wire::trust::Identity;
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
@@ -32,6 +32,9 @@ pub struct Files {
     /// The snapshot's VM has its memory in huge pages of 2 MiB
     #[arg(long, requires = "snapshot")]
     huge_pages: bool,
+    /// The snapshot's memory file has all of the memory, though it has holes: they are zeros. A diff snapshot has not
+    #[arg(long, requires = "snapshot")]
+    memory_is_whole: bool,
 }
 
 /// Serves the snapshot in `directory` until a signal comes.
@@ -47,7 +50,11 @@ pub fn serve(args: &ServeArgs, directory: &Path) -> anyhow::Result<Exit> {
         flags.state_file.as_deref(),
         flags.memory_file.as_deref(),
     )?;
-    let machine = SnapshotMachine::open(&files, flags.huge_pages)?;
+    let options = SnapshotOptions {
+        huge_pages: flags.huge_pages,
+        is_whole: flags.memory_is_whole,
+    };
+    let machine = SnapshotMachine::open(&files, options)?;
     let identity = Identity::generate()?;
     let server = Server::bind(args.listen, &identity)?;
     let fleet = server.add_fleet(FleetConfig {

@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod peer;
+mod source;
 mod sys;
 
 use std::fs::{self, File};
@@ -14,9 +15,11 @@ use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Home, Program, lazyvm, wait_for};
+use common::{Home, Program, is_root, lazyvm, skip, wait_for};
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::signal::Signal;
 use peer::{ROLE, Role};
+use source::AT_THE_PAUSE;
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 4096;
@@ -28,21 +31,22 @@ fn the_firecracker() {
     peer::play(serde_json::from_str(&role).unwrap());
 }
 
-/// A snapshot directory: pages of words that differ, pages of zeros, and holes.
+/// A snapshot directory: pages of words that differ, and pages of zeros. As in Firecracker's own, there are no holes.
 fn snapshot(home: &Home) {
     fs::create_dir(home.path("snapshot")).unwrap();
     fs::write(home.path("snapshot/vmstate"), [7; 30_000]).unwrap();
     let memory = File::create(home.path("snapshot/memory")).unwrap();
-    memory.set_len(PAGES * PAGE).unwrap();
-    for page in (0..PAGES).filter(|page| page % 7 != 3) {
+    for page in 0..PAGES {
         let mut bytes = [0; PAGE as usize];
-        if page % 5 != 0 {
+        if page % 7 != 3 && page % 5 != 0 {
             for (at, word) in bytes.chunks_exact_mut(8).enumerate() {
                 word.copy_from_slice(&(page * 1_000_003 + at as u64).to_le_bytes());
             }
         }
         memory.write_all_at(&bytes, page * PAGE).unwrap();
     }
+    // What Firecracker writes before a VM starts.
+    memory.write_all_at(b"_MP_", 0x9fc00).unwrap();
 }
 
 /// `lazyvm serve --snapshot`, and its ticket.
@@ -68,12 +72,24 @@ struct Vm {
 
 /// A Firecracker that is fresh and idle.
 fn firecracker(home: &Home, name: &str, version: &str, fault: &str, balloon: bool) -> Vm {
+    firecracker_for(home, name, version, fault, balloon, "snapshot/memory")
+}
+
+/// The same; it expects the memory that is in this file by then.
+fn firecracker_for(
+    home: &Home,
+    name: &str,
+    version: &str,
+    fault: &str,
+    balloon: bool,
+    memory: &str,
+) -> Vm {
     fs::create_dir(home.path(name)).unwrap();
     let role = Role {
         home: home.path(name),
         version: version.to_owned(),
         fault: fault.to_owned(),
-        memory: home.path("snapshot/memory"),
+        memory: home.path(memory),
         state: home.path("snapshot/vmstate"),
         balloon,
     };
@@ -294,8 +310,94 @@ fn a_directory_that_is_not_clear_is_refused_with_what_to_do() {
     stdout.ends_with(0);
 }
 
+#[test]
+fn what_may_be_a_diff_snapshot_is_refused_unless_the_user_says_it_is_none() {
+    let home = Home::new();
+    snapshot(&home);
+    let memory = File::options()
+        .write(true)
+        .open(home.path("snapshot/memory"))
+        .unwrap();
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(&memory, hole, 3 * PAGE as i64, PAGE as i64).unwrap();
+    let mut command = lazyvm();
+    let command = command
+        .args(["serve", "--snapshot"])
+        .arg(home.path("snapshot"));
+    let log = home.start("serve", command).ends_with(2);
+    assert!(log.contains("has holes"), "{log}");
+    assert!(
+        log.contains("merge a diff snapshot into its base first"),
+        "{log}"
+    );
+    assert!(log.contains("--memory-is-whole"), "{log}");
+    let (_serve, ticket) = serve(&home, &["--memory-is-whole"]);
+    let vm = firecracker(&home, "vm", "1.16.0", "", false);
+    vm.resume(&home, &ticket).ends_with(0);
+    vm.is_well(&home);
+}
+
+/// Huge pages for as long as this lives.
+struct HugePages {
+    before: String,
+}
+
+const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+impl HugePages {
+    fn reserve(test: &str, count: usize) -> Option<Self> {
+        if !is_root(test) {
+            return None;
+        }
+        let number = || fs::read_to_string(NR_HUGEPAGES).unwrap_or_default();
+        let before = number();
+        let were: usize = before.trim().parse().unwrap_or_default();
+        let this = Self { before };
+        let written = fs::write(NR_HUGEPAGES, (were + count).to_string());
+        if written.is_err() || number().trim().parse() != Ok(were + count) {
+            skip(test, "the kernel has no huge pages to give");
+            return None;
+        }
+        Some(this)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(NR_HUGEPAGES, &self.before);
+    }
+}
+
+#[test]
+fn huge_pages_are_put_in_place_as_a_whole() {
+    let Some(_pages) = HugePages::reserve("huge_pages_are_put_in_place_as_a_whole", 24) else {
+        return;
+    };
+    let home = Home::new();
+    snapshot(&home);
+    let (_small, ticket) = serve(&home, &[]);
+    let vm = firecracker(&home, "wrong", "1.16.0", "huge", false);
+    let log = vm.resume(&home, &ticket).ends_with(6);
+    assert!(log.contains("page sizes that differ"), "{log}");
+    drop(vm);
+    fs::remove_file(home.path("ticket")).unwrap();
+    let (_serve, ticket) = serve(&home, &["--huge-pages"]);
+    for version in ["1.7.0", "1.12.0", "1.20.0"] {
+        for balloon in [false, true] {
+            let name = format!("{version}-{balloon}");
+            let vm = firecracker(&home, &name, version, "huge", balloon);
+            vm.resume(&home, &ticket).ends_with(0);
+            vm.is_well(&home);
+            let report = home.report(&name);
+            for pages in ["pages_demand", "pages_pushed"] {
+                assert_eq!(report[pages].as_u64().unwrap() % 512, 0, "{report}");
+            }
+        }
+    }
+}
+
 /// `lazyvm serve --firecracker` of the VM in `source`, and its ticket.
-fn serve_vm(home: &Home, source: &Vm) -> (Program, String) {
+fn serve_vm(home: &Home, source: &Vm, flags: &[&str]) -> (Program, String) {
     let file = home.path(&format!("{}.ticket", source.name));
     let mut command = lazyvm();
     command
@@ -303,14 +405,78 @@ fn serve_vm(home: &Home, source: &Vm) -> (Program, String) {
         .arg(home.path(&format!("{}/api", source.name)))
         .arg("--ticket-file")
         .arg(&file)
+        .args(flags)
         .stdout(Stdio::piped());
     let program = home.start(&format!("{}-serve", source.name), &mut command);
     let ticket = wait_for("ticket", || fs::read_to_string(&file).ok());
     (program, ticket.trim_end().to_owned())
 }
 
+/// A destination for the VM in `source`, which expects what that has when it is paused.
+fn destination(home: &Home, source: &Vm, version: &str, fault: &str) -> Vm {
+    let memory = format!("{}/{AT_THE_PAUSE}", source.name);
+    let name = format!("from-{}{fault}", source.name);
+    firecracker_for(home, &name, version, fault, false, &memory)
+}
+
+fn is_gone(source: &mut Vm) {
+    wait_for("end of the source", || {
+        (!source.firecracker.is_running()).then_some(())
+    });
+}
+
+/// Packets come in while it is paused, and are not to be in what arrives.
 #[test]
-fn a_running_vm_moves_and_its_process_ends_when_all_is_there() {
+fn a_running_vm_moves_without_writing_its_memory() {
+    if !is_root("a_running_vm_moves_without_writing_its_memory") {
+        return;
+    }
+    let home = Home::new();
+    snapshot(&home);
+    for (version, fault, tracks) in [
+        ("1.1.0", "source", "false"),
+        ("1.12.0", "source tracks", "true"),
+        ("1.16.0", "source tracks", "true"),
+    ] {
+        let mut source = firecracker(&home, &format!("source{version}"), version, fault, false);
+        let (mut serve, ticket) = serve_vm(&home, &source, &[]);
+        let vm = destination(&home, &source, version, "");
+        vm.resume(&home, &ticket).ends_with(0);
+        vm.is_well(&home);
+        let told = fs::read_to_string(home.path(&format!("{}/tracks", vm.name))).unwrap();
+        assert_eq!(told, tracks);
+        let log = serve.ends_with(0);
+        assert!(log.contains("is held"), "{log}");
+        let wrote_all = home.path(&format!("{}/wrote-all", source.name));
+        assert!(!wrote_all.exists(), "{log}");
+        is_gone(&mut source);
+    }
+}
+
+#[test]
+fn a_source_that_goes_on_is_not_read_any_more() {
+    if !is_root("a_source_that_goes_on_is_not_read_any_more") {
+        return;
+    }
+    let home = Home::new();
+    snapshot(&home);
+    let source = firecracker(&home, "source", "1.16.0", "source", false);
+    let (serve, ticket) = serve_vm(&home, &source, &["--max-bandwidth", "1mbit"]);
+    let vm = destination(&home, &source, "1.16.0", "");
+    let mut resume = vm.resume(&home, &ticket);
+    resume.wait_log("the VM runs in Firecracker");
+    source.firecracker.signal(Signal::SIGKILL);
+    wait_for("words of the source", || {
+        serve
+            .log()
+            .contains("ended, or was let go, while its memory was served")
+            .then_some(())
+    });
+    assert!(resume.is_running(), "{}", resume.log());
+}
+
+#[test]
+fn a_running_vm_moves_by_files_too() {
     for (name, fault, kind) in [
         ("plain", "source", "kind=Full"),
         ("tracks", "source tracks", "kind=Diff"),
@@ -318,16 +484,17 @@ fn a_running_vm_moves_and_its_process_ends_when_all_is_there() {
         let home = Home::new();
         snapshot(&home);
         let mut source = firecracker(&home, name, "1.16.0", fault, false);
-        let (mut serve, ticket) = serve_vm(&home, &source);
+        let scratch = home.path("scratch");
+        fs::create_dir(&scratch).unwrap();
+        let flags = ["--scratch", scratch.to_str().unwrap()];
+        let (mut serve, ticket) = serve_vm(&home, &source, &flags);
         assert!(source.firecracker.is_running());
-        let vm = firecracker(&home, "vm", "1.16.0", "", false);
+        let vm = destination(&home, &source, "1.16.0", "");
         vm.resume(&home, &ticket).ends_with(0);
         vm.is_well(&home);
         let log = serve.ends_with(0);
         assert!(log.contains(kind), "{log}");
-        wait_for("end of the source", || {
-            (!source.firecracker.is_running()).then_some(())
-        });
+        is_gone(&mut source);
     }
 }
 
@@ -336,20 +503,16 @@ fn a_vm_that_is_refused_runs_on_at_its_source() {
     let home = Home::new();
     snapshot(&home);
     let mut source = firecracker(&home, "source", "1.16.0", "source", false);
-    let (mut serve, ticket) = serve_vm(&home, &source);
-    let vm = firecracker(&home, "vm", "1.16.0", "overlap", false);
+    let (mut serve, ticket) = serve_vm(&home, &source, &[]);
+    let vm = destination(&home, &source, "1.16.0", "overlap");
     vm.resume(&home, &ticket).ends_with(6);
     let log = serve.ends_with(6);
     assert!(log.contains("The VM runs on here"), "{log}");
     assert!(source.firecracker.is_running());
     // It can be served again, so it is there and runs.
-    let (_serve, ticket) = serve_vm_again(&home, &source);
-    let vm = firecracker(&home, "other", "1.16.0", "", false);
+    fs::remove_file(home.path("source.ticket")).unwrap();
+    let (_serve, ticket) = serve_vm(&home, &source, &[]);
+    let vm = destination(&home, &source, "1.16.0", "");
     vm.resume(&home, &ticket).ends_with(0);
     vm.is_well(&home);
-}
-
-fn serve_vm_again(home: &Home, source: &Vm) -> (Program, String) {
-    fs::remove_file(home.path(&format!("{}.ticket", source.name))).unwrap();
-    serve_vm(home, source)
 }

@@ -10,16 +10,16 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use lazyvm_pager::install::{Installer, Registration};
 use lazyvm_pager::uffd::Uffd;
 use lazyvm_pager::{LazyMemory, LazyRegion};
-use lazyvm_wire::{Layout, PAGE_SIZE, PageIndex, PageRange, Region};
+use lazyvm_wire::{Backing, Layout, PAGE_SIZE, PageIndex, PageRange, Region};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 
+use super::source::Source;
 use super::sys;
 
 /// What the peer is told, in its environment.
@@ -43,23 +43,22 @@ pub struct Role {
 }
 
 /// Pages that are given back before anybody has touched them, and after.
-const BEFORE: PageRange = PageRange {
-    first: PageIndex(700),
-    count: 40,
-};
-const AFTER: PageRange = PageRange {
-    first: PageIndex(900),
-    count: 40,
-};
-
-/// The page that the guest of a source changes after the first snapshot.
-const CHANGED: u64 = 100;
+fn given_back(backing: Backing) -> [PageRange; 2] {
+    match backing {
+        Backing::Small => [
+            PageRange::new(PageIndex(700), 40),
+            PageRange::new(PageIndex(900), 40),
+        ],
+        Backing::Huge2M => [
+            PageRange::new(PageIndex(1024), 1024),
+            PageRange::new(PageIndex(2560), 512),
+        ],
+    }
+}
 
 struct Peer {
     role: Role,
-    /// Of a source: it runs, and a full snapshot was made.
-    runs: AtomicBool,
-    has_base: AtomicBool,
+    source: Source,
     loaded: Mutex<Option<Arc<Installer>>>,
     /// Kept open from 1.12 on.
     socket: Mutex<Option<UnixStream>>,
@@ -69,11 +68,10 @@ struct Peer {
 pub fn play(role: Role) {
     let listener = UnixListener::bind(role.home.join("api")).unwrap();
     let peer = Arc::new(Peer {
-        role,
-        runs: AtomicBool::new(true),
-        has_base: AtomicBool::new(false),
+        source: Source::new(&role),
         loaded: Mutex::default(),
         socket: Mutex::default(),
+        role,
     });
     for connection in listener.incoming() {
         let peer = peer.clone();
@@ -128,7 +126,7 @@ impl Peer {
     fn answer(self: &Arc<Self>, line: &str, body: &Value) -> (u16, Value) {
         let none = Value::Null;
         if self.role.fault.starts_with("source") {
-            return self.answer_as_source(line, body);
+            return self.source.answer(&self.role, line, body);
         }
         match line.trim_end_matches(" HTTP/1.1") {
             "GET /" => {
@@ -167,70 +165,23 @@ impl Peer {
         }
     }
 
-    /// A VM that runs here, to be moved away.
-    fn answer_as_source(&self, line: &str, body: &Value) -> (u16, Value) {
-        let tracks = self.role.fault == "source tracks";
-        match line.trim_end_matches(" HTTP/1.1") {
-            "GET /" => {
-                let runs = self.runs.load(Ordering::SeqCst);
-                let state = if runs { "Running" } else { "Paused" };
-                (
-                    200,
-                    json!({"state": state, "vmm_version": self.role.version}),
-                )
-            }
-            "GET /machine-config" => {
-                let bytes = fs::metadata(&self.role.memory).unwrap().len();
-                (
-                    200,
-                    json!({"vcpu_count": 1, "mem_size_mib": bytes >> 20, "track_dirty_pages": tracks, "huge_pages": "None"}),
-                )
-            }
-            "PATCH /vm" => {
-                self.runs
-                    .store(body["state"] == "Resumed", Ordering::SeqCst);
-                (204, Value::Null)
-            }
-            "PUT /snapshot/create" if !self.runs.load(Ordering::SeqCst) => {
-                self.create(body);
-                (204, Value::Null)
-            }
-            _ => (
-                400,
-                json!({"fault_message": "The requested operation is not supported."}),
-            ),
-        }
-    }
-
-    /// Without a record of dirty pages all at once; with one, all but a page first, and that page as a diff.
-    fn create(&self, body: &Value) {
-        fs::copy(&self.role.state, body["snapshot_path"].as_str().unwrap()).unwrap();
-        let path = body["mem_file_path"].as_str().unwrap();
-        let mut memory = fs::read(&self.role.memory).unwrap();
-        let changed = (CHANGED as usize * PAGE_SIZE)..(CHANGED as usize + 1) * PAGE_SIZE;
-        if body["snapshot_type"] == "Diff" {
-            assert!(self.has_base.load(Ordering::SeqCst), "a diff of nothing");
-            let file = File::options().write(true).open(path).unwrap();
-            file.write_all_at(&memory[changed.clone()], changed.start as u64)
-                .unwrap();
-            return;
-        }
-        if self.role.fault == "source tracks" {
-            memory[changed].fill(0xee);
-        }
-        self.has_base.store(true, Ordering::SeqCst);
-        fs::write(path, memory).unwrap();
-    }
-
     fn load(&self, body: &Value) {
-        let known = ["snapshot_path", "mem_backend", "resume_vm"];
+        let track = if self.minor() < 13 {
+            "enable_diff_snapshots"
+        } else {
+            "track_dirty_pages"
+        };
+        let known = ["snapshot_path", "mem_backend", "resume_vm", track];
         // As Firecracker, which denies fields that it does not know.
         assert!(
             body.as_object()
                 .unwrap()
                 .keys()
-                .all(|key| known.contains(&key.as_str()))
+                .all(|key| known.contains(&key.as_str())),
+            "{body}"
         );
+        let tracks = body[track] == true;
+        write_whole(&self.role.home.join("tracks"), &tracks.to_string());
         assert_eq!(body["mem_backend"]["backend_type"], "Uffd");
         assert_eq!(body["resume_vm"], false);
         let state = fs::read(body["snapshot_path"].as_str().unwrap()).unwrap();
@@ -269,6 +220,14 @@ impl Peer {
             .unwrap()
     }
 
+    fn backing(&self) -> Backing {
+        if self.role.fault == "huge" {
+            Backing::Huge2M
+        } else {
+            Backing::Small
+        }
+    }
+
     /// Two regions, as around the hole below 4 GiB.
     fn layout(&self) -> Layout {
         let pages = fs::metadata(&self.role.memory).unwrap().len() / PAGE_SIZE as u64;
@@ -276,7 +235,7 @@ impl Peer {
             name: name.to_owned(),
             gpa: None,
             pages,
-            backing: lazyvm_wire::Backing::Small,
+            backing: self.backing(),
         };
         let low = pages / 4 * 3;
         Layout::new(vec![region("low", low), region("high", pages - low)]).unwrap()
@@ -289,10 +248,10 @@ impl Peer {
             let size = pages * PAGE_SIZE as u64;
             let mut region = json!({"base_host_virt_addr": host, "size": size, "offset": offset});
             if (7..20).contains(&self.minor()) {
-                region["page_size_kib"] = json!(PAGE_SIZE);
+                region["page_size_kib"] = json!(self.backing().bytes());
             }
             if self.minor() >= 12 {
-                region["page_size"] = json!(PAGE_SIZE);
+                region["page_size"] = json!(self.backing().bytes());
             }
             if self.minor() >= 20 {
                 region["not_known_yet"] = json!({"a": [1, "]"]});
@@ -354,18 +313,19 @@ impl Peer {
                 errors.lock().unwrap().push(error);
             }
         };
+        let [before, after] = given_back(self.backing());
         let given_back = |page: u64| {
             self.role.balloon
-                && [BEFORE, AFTER]
+                && [before, after]
                     .iter()
                     .any(|range| range.contains(PageIndex(page)))
         };
         if self.role.balloon {
-            sys::give_back(installer.memory(), BEFORE);
-            for page in AFTER.pages() {
+            sys::give_back(installer.memory(), before);
+            for page in after.pages() {
                 check(self.compare(&installer, page.0));
             }
-            sys::give_back(installer.memory(), AFTER);
+            sys::give_back(installer.memory(), after);
         }
         std::thread::scope(|scope| {
             for thread in 0..4 {
@@ -378,7 +338,7 @@ impl Peer {
             }
         });
         if self.role.balloon {
-            for page in [BEFORE, AFTER].iter().flat_map(|range| range.pages()) {
+            for page in [before, after].iter().flat_map(|range| range.pages()) {
                 if read(&installer, page.0) != [0; PAGE_SIZE] {
                     check(Err(format!("page {page} was given back, and is not zero")));
                 }
@@ -415,7 +375,7 @@ fn read(installer: &Installer, page: u64) -> [u8; PAGE_SIZE] {
     found
 }
 
-fn write_whole(path: &Path, text: &str) {
+pub fn write_whole(path: &Path, text: &str) {
     let beside = path.with_extension("new");
     fs::write(&beside, text).unwrap();
     fs::rename(beside, path).unwrap();

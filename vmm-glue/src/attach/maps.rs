@@ -38,6 +38,8 @@ pub struct Mapping {
     pub start: u64,
     /// Behind the last byte.
     pub end: u64,
+    /// May be read and written.
+    pub writable: bool,
     /// May be executed.
     pub executable: bool,
     /// Writes go to the file.
@@ -126,6 +128,7 @@ fn parse_line(line: &str) -> Option<Mapping> {
     let mapping = Mapping {
         start: hex(start)?,
         end: hex(end)?,
+        writable: permissions.starts_with(b"rw"),
         executable: permissions.get(2) == Some(&b'x'),
         shared: permissions.get(3) == Some(&b's'),
         offset: hex(offset)?,

@@ -2,21 +2,18 @@
 //!
 //! Paths and bodies are those of Firecracker's `src/firecracker/swagger/firecracker.yaml`.
 
-use std::io::{self, Read, Write};
+mod http;
+
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use self::http::{Answer, AnswerError, read_answer, request_text};
 use super::process::PeerProcess;
-
-/// Longest answer, in bytes.
-const ANSWER_MAX: usize = 1 << 20;
-
-/// Most header fields of an answer.
-const HEADERS_MAX: usize = 32;
 
 /// Time for an answer that takes no work.
 const QUICK: Duration = Duration::from_secs(10);
@@ -96,6 +93,45 @@ pub enum SnapshotKind {
     Full,
     /// What changed since the last one; without a record of that, what is there at all.
     Diff,
+}
+
+/// What a state is loaded with. The paths are as Firecracker sees them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadSnapshot {
+    /// The state file.
+    pub state: PathBuf,
+    /// The page-fault socket.
+    pub page_faults: PathBuf,
+    /// The machine keeps a record of the pages that it writes, so that diff snapshots can be made of it.
+    pub tracks_dirty_pages: bool,
+    /// Who is to load it, where that is known.
+    pub release: Option<(u32, u32)>,
+}
+
+/// The first release that knows `track_dirty_pages` when it loads; before, it was `enable_diff_snapshots`.
+const TRACK_DIRTY_PAGES: (u32, u32) = (1, 13);
+
+impl LoadSnapshot {
+    fn body(&self) -> Value {
+        let mut body = json!({
+            "snapshot_path": self.state,
+            "mem_backend": {"backend_type": "Uffd", "backend_path": self.page_faults},
+            "resume_vm": false,
+        });
+        // A release refuses a field that it does not know, so it is only there where it says something.
+        if self.tracks_dirty_pages {
+            let is_old = self
+                .release
+                .is_some_and(|release| release < TRACK_DIRTY_PAGES);
+            let name = if is_old {
+                "enable_diff_snapshots"
+            } else {
+                "track_dirty_pages"
+            };
+            body[name] = Value::Bool(true);
+        }
+        body
+    }
 }
 
 /// A Firecracker's API socket.
@@ -211,13 +247,14 @@ impl Api {
     ///
     /// # Errors
     /// [`ApiError`].
-    pub fn load_snapshot(&self, state: &Path, page_faults: &Path) -> Result<(), ApiError> {
-        let body = json!({
-            "snapshot_path": state,
-            "mem_backend": {"backend_type": "Uffd", "backend_path": page_faults},
-            "resume_vm": false,
-        });
-        self.tell("load the state", "PUT", "/snapshot/load", &body, LONG)
+    pub fn load_snapshot(&self, load: &LoadSnapshot) -> Result<(), ApiError> {
+        self.tell(
+            "load the state",
+            "PUT",
+            "/snapshot/load",
+            &load.body(),
+            LONG,
+        )
     }
 
     fn ask<T: for<'a> Deserialize<'a>>(
@@ -288,21 +325,6 @@ impl Api {
     }
 }
 
-fn request_text(method: &str, path: &str, body: Option<&Value>) -> String {
-    let head =
-        format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n");
-    match body {
-        None => format!("{head}\r\n"),
-        Some(body) => {
-            let body = body.to_string();
-            format!(
-                "{head}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-                body.len()
-            )
-        }
-    }
-}
-
 /// Firecracker's own words for why not, in one printable line.
 fn fault_of(answer: &Answer) -> String {
     #[derive(Deserialize)]
@@ -316,77 +338,6 @@ fn fault_of(answer: &Answer) -> String {
     lazyvm_wire::printable(&lazyvm_wire::control::short_text(&text)).to_string()
 }
 
-struct Answer {
-    status: u16,
-    body: Vec<u8>,
-}
-
-#[derive(Debug)]
-enum AnswerError {
-    Io(io::Error),
-    NotHttp(String),
-}
-
-fn read_answer(socket: &mut UnixStream, time: Duration) -> Result<Answer, AnswerError> {
-    let start = Instant::now();
-    let mut bytes = Vec::new();
-    let mut piece = [0; 4096];
-    loop {
-        if let Some(answer) = parse_answer(&bytes).map_err(AnswerError::NotHttp)? {
-            return Ok(answer);
-        }
-        if bytes.len() > ANSWER_MAX {
-            return Err(AnswerError::NotHttp("its answer is too long".to_owned()));
-        }
-        let left = time
-            .checked_sub(start.elapsed())
-            .filter(|left| !left.is_zero())
-            .ok_or_else(|| AnswerError::Io(io::ErrorKind::TimedOut.into()))?;
-        socket
-            .set_read_timeout(Some(left))
-            .map_err(AnswerError::Io)?;
-        match socket.read(&mut piece) {
-            Ok(0) => return Err(AnswerError::Io(io::ErrorKind::UnexpectedEof.into())),
-            Ok(length) => bytes.extend_from_slice(&piece[..length]),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Err(AnswerError::Io(io::ErrorKind::TimedOut.into()));
-            }
-            Err(error) => return Err(AnswerError::Io(error)),
-        }
-    }
-}
-
-/// The answer, once it is whole.
-fn parse_answer(bytes: &[u8]) -> Result<Option<Answer>, String> {
-    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
-    let mut response = httparse::Response::new(&mut headers);
-    let head = match response.parse(bytes).map_err(|error| error.to_string())? {
-        httparse::Status::Partial => return Ok(None),
-        httparse::Status::Complete(head) => head,
-    };
-    let status = response.code.unwrap_or_default();
-    let length = response
-        .headers
-        .iter()
-        .find(|header| header.name.eq_ignore_ascii_case("content-length"))
-        .map(|header| {
-            std::str::from_utf8(header.value)
-                .ok()
-                .and_then(|value| value.trim().parse::<usize>().ok())
-                .filter(|&length| length <= ANSWER_MAX)
-                .ok_or_else(|| "its answer has a wrong Content-Length".to_owned())
-        })
-        .transpose()?
-        .unwrap_or(0);
-    // No content, whatever a header says.
-    let length = if status == 204 { 0 } else { length };
-    Ok(bytes.get(head..head + length).map(|body| Answer {
-        status,
-        body: body.to_owned(),
-    }))
-}
-
 /// The numbers of a release, as `1.12.0-dev` or `v1.7.0`; `None` where it is no release's name.
 pub fn release(version: &str) -> Option<(u32, u32)> {
     let mut numbers = version.trim_start_matches('v').split(['.', '-']);
@@ -396,9 +347,40 @@ pub fn release(version: &str) -> Option<(u32, u32)> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
     use std::os::unix::net::UnixListener;
 
     use super::*;
+
+    fn load() -> LoadSnapshot {
+        LoadSnapshot {
+            state: "/a/state".into(),
+            page_faults: "/a/faults".into(),
+            tracks_dirty_pages: false,
+            release: None,
+        }
+    }
+
+    #[test]
+    fn each_release_is_told_of_dirty_pages_in_its_own_words() {
+        for (release, name) in [
+            (Some((1, 1)), "enable_diff_snapshots"),
+            (Some((1, 12)), "enable_diff_snapshots"),
+            (Some((1, 13)), "track_dirty_pages"),
+            (Some((2, 0)), "track_dirty_pages"),
+            (None, "track_dirty_pages"),
+        ] {
+            let body = LoadSnapshot {
+                tracks_dirty_pages: true,
+                release,
+                ..load()
+            }
+            .body();
+            assert_eq!(body[name], true, "{body}");
+            assert_eq!(body.as_object().unwrap().len(), 4, "{body}");
+        }
+        assert_eq!(load().body().as_object().unwrap().len(), 3);
+    }
 
     /// An API that gives one answer; what it was asked, and what came of it.
     fn once<T: Send>(answer: &[u8], ask: impl FnOnce(&Api) -> T + Send) -> (T, String) {
@@ -430,7 +412,7 @@ mod tests {
         assert_eq!(info.unwrap().state, "Not started");
         assert!(asked.starts_with("GET / HTTP/1.1\r\n"), "{asked}");
         let (done, asked) = once(b"HTTP/1.1 204 \r\nServer: Firecracker API\r\n\r\n", |api| {
-            api.load_snapshot(Path::new("/a/state"), Path::new("/a/faults"))
+            api.load_snapshot(&load())
         });
         done.unwrap();
         assert!(asked.ends_with(

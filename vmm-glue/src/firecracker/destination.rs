@@ -20,12 +20,12 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 
-use super::api::{Api, ApiError, release};
+use super::api::{Api, ApiError, LoadSnapshot, release};
 use super::folder::{FolderError, SharedFolder};
 use super::handshake::{Handshake, HandshakeError};
 use super::process::PeerProcess;
 use super::receive::{ReceiveError, receive};
-use super::{KIND, sys};
+use super::{KIND, offer, sys};
 
 /// The first release that gives its memory to a page-fault handler.
 const FIRST_RELEASE: (u32, u32) = (1, 1);
@@ -146,6 +146,8 @@ struct Prepared {
     folder: SharedFolder,
     listener: UnixListener,
     release: Option<(u32, u32)>,
+    /// The VM keeps a record of dirty pages, and is to go on with it.
+    tracks_dirty_pages: bool,
 }
 
 /// See the module.
@@ -192,10 +194,11 @@ impl Destination {
         if release.is_some_and(|release| release < FIRST_RELEASE) {
             return Err(DestinationError::TooOld(info.vmm_version));
         }
-        let theirs = String::from_utf8_lossy(&offer.compatibility);
+        let (theirs, tracks_dirty_pages) = offer::read(offer);
         tracing::info!(
             here = info.vmm_version,
-            source = %lazyvm_wire::printable(&theirs),
+            source = theirs,
+            tracks_dirty_pages,
             "Firecracker's releases"
         );
         let parent = self.api.path().parent().unwrap_or_else(|| ".".as_ref());
@@ -220,6 +223,7 @@ impl Destination {
             folder,
             listener,
             release,
+            tracks_dirty_pages,
         })
     }
 
@@ -247,13 +251,15 @@ impl Destination {
         prepared.folder.write(STATE, state)?;
         let (done, loading) = channel();
         let api = self.api.clone();
-        let (state, faults) = (
-            prepared.folder.theirs(STATE),
-            prepared.folder.theirs(PAGE_FAULTS),
-        );
+        let load = LoadSnapshot {
+            state: prepared.folder.theirs(STATE),
+            page_faults: prepared.folder.theirs(PAGE_FAULTS),
+            tracks_dirty_pages: prepared.tracks_dirty_pages,
+            release: prepared.release,
+        };
         thread::Builder::new()
             .name("load".to_owned())
-            .spawn(move || drop(done.send(api.load_snapshot(&state, &faults))))
+            .spawn(move || drop(done.send(api.load_snapshot(&load))))
             .map_err(DestinationError::Thread)?;
         let socket = connection(prepared, &loading)?;
         self.loading = Some(loading);

@@ -12,12 +12,21 @@ use super::process::PeerProcess;
 
 /// A directory that can't be shared with Firecracker.
 #[derive(Debug, thiserror::Error)]
-#[error("can't {doing} {} for Firecracker", path.display())]
-pub struct FolderError {
-    doing: &'static str,
-    path: PathBuf,
-    #[source]
-    source: io::Error,
+pub enum FolderError {
+    /// The system's answer.
+    #[error("can't {doing} {} for Firecracker", path.display())]
+    Io {
+        /// What was tried.
+        doing: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What came of it.
+        #[source]
+        source: io::Error,
+    },
+    /// It is not in the jail.
+    #[error("Firecracker does not see {}: it is jailed; name a directory that is in its jail", .0.display())]
+    OutsideJail(PathBuf),
 }
 
 /// See the module. It goes with this value.
@@ -36,20 +45,21 @@ impl SharedFolder {
     pub fn new(parent: &Path, firecracker: &PeerProcess) -> Result<Self, FolderError> {
         let failed = |doing, path: &Path| {
             let path = path.to_owned();
-            move |source| FolderError {
+            move |source| FolderError::Io {
                 doing,
                 path,
                 source,
             }
         };
         let parent = parent.canonicalize().map_err(failed("find", parent))?;
+        let seen = as_seen_by(&parent, firecracker)
+            .ok_or_else(|| FolderError::OutsideJail(parent.clone()))?;
         let ours = tempfile::Builder::new()
             .prefix("lazyvm-")
             .tempdir_in(&parent)
             .map_err(failed("make a directory in", &parent))?;
         let owner = firecracker.owner();
         give(ours.path(), owner).map_err(failed("give away", ours.path()))?;
-        let seen = as_seen_by(&parent, firecracker);
         let name = ours.path().file_name().unwrap_or_default();
         Ok(Self {
             theirs: seen.join(name),
@@ -83,7 +93,7 @@ impl SharedFolder {
             file.write_all(bytes)?;
             give(&path, self.owner)
         };
-        write().map_err(|source| FolderError {
+        write().map_err(|source| FolderError::Io {
             doing: "write",
             path: path.clone(),
             source,
@@ -96,7 +106,7 @@ impl SharedFolder {
     /// [`FolderError`].
     pub fn give(&self, name: &str) -> Result<(), FolderError> {
         let path = self.ours(name);
-        give(&path, self.owner).map_err(|source| FolderError {
+        give(&path, self.owner).map_err(|source| FolderError::Io {
             doing: "give away",
             path,
             source,
@@ -113,14 +123,15 @@ fn give(path: &Path, (uid, gid): (u32, u32)) -> io::Result<()> {
     chown(path, Some(uid), Some(gid))
 }
 
-/// The name under which a process sees a directory: the longest end of our name that is the same directory there.
-/// Where that can't be looked at, or is not found, it is taken to see what this process sees.
-fn as_seen_by(folder: &Path, process: &PeerProcess) -> PathBuf {
-    let Some(root) = process.root() else {
-        return folder.to_owned();
+/// The name under which a process sees a directory: the longest end of our name that is the same directory there; none
+/// where it does not see it. Where the process can't be looked at, it is taken to see what this process sees.
+fn as_seen_by(folder: &Path, process: &PeerProcess) -> Option<PathBuf> {
+    let root = process.root();
+    let Some(root) = root.filter(|root| fs::metadata(root).is_ok()) else {
+        return Some(folder.to_owned());
     };
     let Ok(wanted) = fs::metadata(folder) else {
-        return folder.to_owned();
+        return Some(folder.to_owned());
     };
     let mut rest = folder.components();
     rest.next();
@@ -129,11 +140,9 @@ fn as_seen_by(folder: &Path, process: &PeerProcess) -> PathBuf {
         let same = fs::metadata(root.join(candidate))
             .is_ok_and(|found| (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()));
         if same {
-            return Path::new("/").join(candidate);
+            return Some(Path::new("/").join(candidate));
         }
-        if rest.next().is_none() {
-            return folder.to_owned();
-        }
+        rest.next()?;
     }
 }
 

@@ -6,7 +6,11 @@
 pub mod api;
 pub mod destination;
 mod folder;
+mod frozen;
+mod guest;
 pub mod handshake;
+mod marks;
+mod offer;
 pub mod process;
 mod receive;
 pub mod snapshot;

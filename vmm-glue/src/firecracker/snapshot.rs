@@ -2,47 +2,27 @@
 //!
 //! The state is in a format of each release's own (Versionize up to 1.6, bincode from 1.7, bitcode of late), so it is
 //! passed on as it is. Where it is bincode, the memory's size is read from it, to find a memory file that was cut short.
+//!
+//! Nothing in the files says whether the memory file is all of the memory or a diff snapshot, which has only what
+//! changed since its base, and holes for the rest. Firecracker writes a full one with `write(2)` from end to end, pages
+//! that the guest never touched among them, so it has no holes; and what Firecracker itself put into the guest's memory
+//! before the start is in it ([`marks`](super::marks)). A file that has holes, or that lacks all of that, is refused
+//! unless the user says that it is whole.
 
-use std::fs::{self, File};
+mod files;
+mod memory;
+
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lazyvm_server::port::{MachineError, SourceMachine, SourceMemory};
-use lazyvm_wire::{Backing, Layout, LayoutError, MachineOffer, PAGE_SHIFT, PageRange, Region};
+use lazyvm_wire::{Backing, Layout, LayoutError, MachineOffer, PAGE_SHIFT, Region};
 
-use super::KIND;
-use crate::plain::FileMemory;
-
-/// Names that users give to state files.
-const STATE_NAMES: [&str; 8] = [
-    "snapshot_file",
-    "snapshot",
-    "vmstate",
-    "vm.state",
-    "snapshot.state",
-    "state",
-    "state_file",
-    "vm_state",
-];
-
-/// Endings that users give to state files.
-const STATE_ENDINGS: [&str; 4] = ["state", "vmstate", "snap", "snapshot"];
-
-/// Names that users give to memory files.
-const MEMORY_NAMES: [&str; 7] = [
-    "mem_file",
-    "memory",
-    "mem",
-    "vm.mem",
-    "memory_file",
-    "guest_memory",
-    "memfile",
-];
-
-/// Endings that users give to memory files.
-const MEMORY_ENDINGS: [&str; 3] = ["mem", "memory", "memfile"];
+pub use self::files::SnapshotFiles;
+use self::memory::SnapshotMemory;
+use super::offer;
 
 /// Largest state that Firecracker itself reads; ours is larger.
 const STATE_MAX: u64 = lazyvm_wire::STATE_MAX as u64;
@@ -114,90 +94,40 @@ pub enum SnapshotError {
         /// The state's.
         expected: u64,
     },
+    /// It has holes.
+    #[error(
+        "{} has holes ({mib} MiB of them), as a diff snapshot has, which would be served as zeros; merge a diff \
+         snapshot into its base first (Firecracker's snapshot-editor edit-memory rebase). If all of the memory is in \
+         this file, say so with --memory-is-whole", path.display()
+    )]
+    Holes {
+        /// Which.
+        path: PathBuf,
+        /// MiB, rounded up.
+        mib: u64,
+    },
+    /// It lacks what is in every machine.
+    #[error(
+        "{} has nothing of what Firecracker writes into a VM's memory before it starts: a diff snapshot lacks that, \
+         and must be merged into its base first (Firecracker's snapshot-editor edit-memory rebase). If all of the \
+         memory is in this file, say so with --memory-is-whole", path.display()
+    )]
+    NoMark {
+        /// Which.
+        path: PathBuf,
+    },
     /// It is too large.
     #[error("this memory can't be served")]
     Layout(#[from] LayoutError),
 }
 
-/// Where a snapshot's files are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SnapshotFiles {
-    /// The state.
-    pub state: PathBuf,
-    /// The memory.
-    pub memory: PathBuf,
-}
-
-impl SnapshotFiles {
-    /// Finds the two files in a directory, by their names; `state` and `memory` name them instead.
-    ///
-    /// # Errors
-    /// [`SnapshotError::Which`] says what was found and what is looked for.
-    pub fn find(
-        directory: &Path,
-        state: Option<&Path>,
-        memory: Option<&Path>,
-    ) -> Result<Self, SnapshotError> {
-        let unreadable = |source| SnapshotError::Directory {
-            path: directory.to_owned(),
-            source,
-        };
-        let mut files = Vec::new();
-        for entry in fs::read_dir(directory).map_err(unreadable)? {
-            let path = entry.map_err(unreadable)?.path();
-            if path.is_file() {
-                files.push(path);
-            }
-        }
-        files.sort();
-        let pick = |named: Option<&Path>, what, names: &[&str], endings: &[&str], flag| match named
-        {
-            Some(named) => Ok(directory.join(named)),
-            None => one_of(&files, names, endings).map_err(|found| SnapshotError::Which {
-                path: directory.to_owned(),
-                what,
-                found,
-                names: format!("{}, or *.{}", names.join(", "), endings.join(", *.")),
-                flag,
-            }),
-        };
-        Ok(Self {
-            state: pick(state, "state", &STATE_NAMES, &STATE_ENDINGS, "--state-file")?,
-            memory: pick(
-                memory,
-                "memory",
-                &MEMORY_NAMES,
-                &MEMORY_ENDINGS,
-                "--memory-file",
-            )?,
-        })
-    }
-}
-
-fn one_of(files: &[PathBuf], names: &[&str], endings: &[&str]) -> Result<PathBuf, String> {
-    let fits = |path: &&PathBuf| {
-        let name = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .unwrap_or_default();
-        let ending = path
-            .extension()
-            .and_then(|ending| ending.to_str())
-            .unwrap_or_default();
-        names.contains(&name) || endings.contains(&ending)
-    };
-    let found: Vec<&PathBuf> = files.iter().filter(fits).collect();
-    match found[..] {
-        [one] => Ok(one.clone()),
-        [] => Err("no file".to_owned()),
-        _ => {
-            let names: Vec<_> = found
-                .iter()
-                .map(|path| path.file_name().unwrap_or_default().to_string_lossy())
-                .collect();
-            Err(format!("several files ({})", names.join(", ")))
-        }
-    }
+/// What a snapshot's files don't tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SnapshotOptions {
+    /// The VM's memory is made of huge pages of 2 MiB.
+    pub huge_pages: bool,
+    /// All of the memory is in the memory file, though it does not look so: its holes are zeros.
+    pub is_whole: bool,
 }
 
 /// A snapshot that is served. It does not run, so any number of destinations may have it.
@@ -209,12 +139,12 @@ pub struct SnapshotMachine {
 }
 
 impl SnapshotMachine {
-    /// Opens a snapshot's files, for reading only. `huge_pages` says that the VM's memory is made of huge pages of
-    /// 2 MiB, which the files don't tell.
+    /// Opens a snapshot's files, for reading only.
     ///
     /// # Errors
     /// [`SnapshotError`].
-    pub fn open(files: &SnapshotFiles, huge_pages: bool) -> Result<Self, SnapshotError> {
+    pub fn open(files: &SnapshotFiles, options: SnapshotOptions) -> Result<Self, SnapshotError> {
+        let huge_pages = options.huge_pages;
         let state = read_state(&files.state)?;
         let backing = if huge_pages {
             Backing::Huge2M
@@ -222,7 +152,7 @@ impl SnapshotMachine {
             Backing::Small
         };
         let memory = SnapshotMemory::open(&files.memory)?;
-        let bytes = memory.print.bytes;
+        let bytes = memory.bytes();
         if bytes == 0 || !bytes.is_multiple_of(backing.bytes()) {
             return Err(SnapshotError::MemoryLength {
                 path: files.memory.clone(),
@@ -241,11 +171,8 @@ impl SnapshotMachine {
                 expected,
             });
         }
-        if memory.has_holes {
-            tracing::warn!(
-                memory = %files.memory.display(),
-                "the memory file has holes, which are served as zeros; a diff snapshot must be merged into its base first"
-            );
+        if !options.is_whole {
+            memory.check_whole(&files.memory)?;
         }
         Ok(Self {
             state: state.into(),
@@ -263,15 +190,6 @@ pub(super) fn flat(bytes: u64, backing: Backing) -> Result<Layout, LayoutError> 
         pages: bytes >> PAGE_SHIFT,
         backing,
     }])
-}
-
-/// What a destination hears of a Firecracker; the release where it is known.
-pub(super) fn offer(release: Option<&str>) -> MachineOffer {
-    MachineOffer {
-        kind: KIND.to_owned(),
-        state_version: 1,
-        compatibility: release.unwrap_or_default().as_bytes().to_vec(),
-    }
 }
 
 pub(super) fn read_state(path: &Path) -> Result<Vec<u8>, SnapshotError> {
@@ -318,84 +236,13 @@ fn memory_bytes(state: &[u8]) -> Option<u64> {
     word(16 + length)?.checked_mul(1 << 20)
 }
 
-/// What tells whether a file was changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Print {
-    bytes: u64,
-    modified: (i64, i64),
-}
-
-impl Print {
-    fn of(file: &File) -> io::Result<Self> {
-        let found = file.metadata()?;
-        Ok(Self {
-            bytes: found.len(),
-            modified: (found.mtime(), found.mtime_nsec()),
-        })
-    }
-}
-
-/// A snapshot's memory file, which must stay as it is: a destination that got some of its pages from before a change
-/// and some from after it would have memory that never was. So nothing is read from a file that has changed.
-#[derive(Debug)]
-struct SnapshotMemory {
-    file: Arc<File>,
-    memory: FileMemory,
-    print: Print,
-    has_holes: bool,
-}
-
-impl SnapshotMemory {
-    fn open(path: &Path) -> Result<Self, SnapshotError> {
-        let open = || -> io::Result<Self> {
-            let file = Arc::new(File::open(path)?);
-            let found = file.metadata()?;
-            if !found.is_file() {
-                return Err(io::Error::other("it is no regular file"));
-            }
-            let print = Print::of(&file)?;
-            Ok(Self {
-                memory: FileMemory::new(Arc::clone(&file), print.bytes >> PAGE_SHIFT),
-                has_holes: found.blocks().saturating_mul(512) < print.bytes,
-                file,
-                print,
-            })
-        };
-        open().map_err(|source| SnapshotError::File {
-            path: path.to_owned(),
-            source,
-        })
-    }
-
-    fn check(&self) -> io::Result<()> {
-        if Print::of(&self.file)? != self.print {
-            return Err(io::Error::other(
-                "the snapshot's memory file was changed while it was served",
-            ));
-        }
-        Ok(())
-    }
-}
-
-impl SourceMemory for SnapshotMemory {
-    fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
-        self.memory.read(range, out)?;
-        self.check()
-    }
-
-    fn data_runs(&self, data: &mut dyn FnMut(PageRange)) -> io::Result<()> {
-        self.check()?;
-        self.memory.data_runs(data)
-    }
-}
-
 impl SourceMachine for SnapshotMachine {
     fn layout(&self) -> &Layout {
         &self.layout
     }
 
     fn offer(&self) -> MachineOffer {
-        offer(None)
+        offer::of_snapshot()
     }
 
     fn memory(&self) -> Arc<dyn SourceMemory> {
@@ -417,9 +264,52 @@ impl SourceMachine for SnapshotMachine {
 
 #[cfg(test)]
 mod tests {
-    use lazyvm_wire::{PAGE_SIZE, PageIndex};
+    use std::fs;
+    use std::os::unix::fs::FileExt;
+
+    use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange};
 
     use super::*;
+
+    const WHOLE: SnapshotOptions = SnapshotOptions {
+        huge_pages: false,
+        is_whole: true,
+    };
+    const HUGE: SnapshotOptions = SnapshotOptions {
+        huge_pages: true,
+        is_whole: true,
+    };
+
+    #[test]
+    fn what_may_be_a_diff_is_refused() {
+        let home = directory(&["state", "mem"]);
+        let files = SnapshotFiles::find(home.path(), None, None).unwrap();
+        let open = |options| SnapshotMachine::open(&files, options);
+        let refusal = || open(SnapshotOptions::default()).unwrap_err().to_string();
+        fs::write(&files.memory, vec![1; 1 << 20]).unwrap();
+        let words = refusal();
+        assert!(
+            words.contains("has nothing of what Firecracker writes"),
+            "{words}"
+        );
+        let memory = File::options().write(true).open(&files.memory).unwrap();
+        memory.write_all_at(b"_MP_", 0x9fc00).unwrap();
+        open(SnapshotOptions::default()).unwrap();
+        memory.set_len(2 << 20).unwrap();
+        let words = refusal();
+        assert!(words.contains("has holes (1 MiB of them)"), "{words}");
+        assert!(
+            words.contains("snapshot-editor") && words.contains("--memory-is-whole"),
+            "{words}"
+        );
+        open(WHOLE).unwrap();
+        // A hole of one page in the middle.
+        fs::write(&files.memory, vec![1; 0xa_0000]).unwrap();
+        memory.write_all_at(b"_MP_", 0x9fc00).unwrap();
+        memory.set_len(0xa_1000).unwrap();
+        memory.write_all_at(&[1; PAGE_SIZE], 0xa_1000).unwrap();
+        assert!(refusal().contains("has holes (1 MiB of them)"));
+    }
 
     fn directory(names: &[&str]) -> tempfile::TempDir {
         let home = tempfile::tempdir().unwrap();
@@ -427,43 +317,6 @@ mod tests {
             fs::write(home.path().join(name), vec![1; PAGE_SIZE]).unwrap();
         }
         home
-    }
-
-    #[test]
-    fn the_names_that_users_have_are_found() {
-        for (state, memory) in [
-            ("snapshot_file", "mem_file"),
-            ("vmstate", "memory"),
-            ("vm.state", "vm.mem"),
-            ("a.snap", "a.mem"),
-        ] {
-            let home = directory(&[state, memory, "README", "firecracker.log"]);
-            let files = SnapshotFiles::find(home.path(), None, None).unwrap();
-            assert_eq!(files.state, home.path().join(state));
-            assert_eq!(files.memory, home.path().join(memory));
-        }
-    }
-
-    #[test]
-    fn what_is_not_clear_is_asked_for() {
-        let home = directory(&["a.state", "b.state", "mem"]);
-        let error = SnapshotFiles::find(home.path(), None, None).unwrap_err();
-        let words = error.to_string();
-        assert!(
-            words.contains("several files (a.state, b.state)"),
-            "{words}"
-        );
-        assert!(words.contains("--state-file"), "{words}");
-        let named = SnapshotFiles::find(home.path(), Some(Path::new("b.state")), None).unwrap();
-        assert_eq!(named.state, home.path().join("b.state"));
-        let home = directory(&["a.state"]);
-        let words = SnapshotFiles::find(home.path(), None, None)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            words.contains("no file") && words.contains("--memory-file"),
-            "{words}"
-        );
     }
 
     fn bincode_state(mib: u64) -> Vec<u8> {
@@ -479,24 +332,24 @@ mod tests {
     fn a_memory_file_that_does_not_fit_is_refused() {
         let home = directory(&["state", "mem"]);
         let files = SnapshotFiles::find(home.path(), None, None).unwrap();
-        SnapshotMachine::open(&files, false).unwrap();
-        let words = SnapshotMachine::open(&files, true).unwrap_err().to_string();
+        SnapshotMachine::open(&files, WHOLE).unwrap();
+        let words = SnapshotMachine::open(&files, HUGE).unwrap_err().to_string();
         assert!(
             words.contains("not a whole number of huge pages"),
             "{words}"
         );
         fs::write(&files.state, bincode_state(1)).unwrap();
-        let words = SnapshotMachine::open(&files, false)
+        let words = SnapshotMachine::open(&files, WHOLE)
             .unwrap_err()
             .to_string();
         assert!(words.contains("cut short: it has 4096 bytes"), "{words}");
         fs::write(&files.memory, [0; 100]).unwrap();
-        let words = SnapshotMachine::open(&files, false)
+        let words = SnapshotMachine::open(&files, WHOLE)
             .unwrap_err()
             .to_string();
         assert!(words.contains("not a whole number of pages"), "{words}");
         fs::write(&files.state, b"").unwrap();
-        let words = SnapshotMachine::open(&files, false)
+        let words = SnapshotMachine::open(&files, WHOLE)
             .unwrap_err()
             .to_string();
         assert!(
@@ -509,7 +362,7 @@ mod tests {
     fn a_file_that_was_changed_is_not_read() {
         let home = directory(&["state", "mem"]);
         let files = SnapshotFiles::find(home.path(), None, None).unwrap();
-        let machine = SnapshotMachine::open(&files, false).unwrap();
+        let machine = SnapshotMachine::open(&files, WHOLE).unwrap();
         let mut page = vec![0; PAGE_SIZE];
         let memory = machine.memory();
         memory

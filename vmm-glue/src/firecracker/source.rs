@@ -1,10 +1,17 @@
 //! A Firecracker that gives a machine away.
 //!
 //! An unmodified Firecracker gives its state out with `PUT /snapshot/create` alone, which writes the memory to a file
-//! too, and only while the VM is paused. So the pause grows with what is written. Where the VM keeps a record of dirty
-//! pages (`track_dirty_pages`), a full snapshot is made beforehand, for which the VM stands still once and runs on; at
-//! the hand-over only what changed since is written, into the same file. The files lie in memory (`/dev/shm`) where
-//! there is room, since Firecracker waits until a disk has them.
+//! too, and only while the VM is paused. So it is held in the middle of that, when the state is written and the memory is
+//! not, and its memory is read from the process ([`frozen`](super::frozen), [`guest`](super::guest)): the pause does not
+//! grow with the memory.
+//!
+//! Where the process may not be looked into, or its memory is not found, Firecracker writes its memory, and the pause
+//! grows with what is written. Where the VM keeps a record of dirty pages (`track_dirty_pages`), a full snapshot is made
+//! beforehand then, for which the VM stands still once and runs on; at the hand-over only what changed since is written,
+//! into the same file. The files lie in memory (`/dev/shm`) where there is room, since Firecracker waits until a disk has
+//! them.
+
+mod scratch;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,18 +22,28 @@ use std::time::{Duration, Instant};
 
 use lazyvm_server::port::{MachineError, SourceMachine, SourceMemory};
 use lazyvm_wire::{Backing, Layout, LayoutError, MachineOffer, PageRange};
-use nix::sys::statvfs::statvfs;
 
+use self::scratch::scratch_in;
 use super::api::{Api, ApiError, SnapshotKind, release};
 use super::folder::{FolderError, SharedFolder};
+use super::frozen::{FreezeError, Frozen};
+use super::guest::{FrozenMemory, Guest};
+use super::offer;
 use super::process::PeerProcess;
-use super::snapshot::{self, SnapshotError, SnapshotFiles, SnapshotMachine};
+use super::snapshot::{self, SnapshotError, SnapshotFiles, SnapshotMachine, SnapshotOptions};
 
 /// The first release whose diff snapshots after a full one hold only what changed since, and are merged into its file.
 const DIFFS_AFTER_FULL: (u32, u32) = (1, 8);
 
-/// Time for Firecracker to end by itself.
-const END_TIMEOUT: Duration = Duration::from_secs(3);
+/// Room for a state, of which some have several MiB.
+const STATE_ROOM_MIB: u64 = 32;
+
+/// Time for Firecracker to end at SIGTERM, for which it has no handler: it ends at once, or, as the first process of a
+/// jail with a pid namespace of its own, never.
+const END_TIMEOUT: Duration = Duration::from_millis(300);
+
+/// Time for it to end when it is killed: much memory takes a while.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
@@ -69,6 +86,14 @@ pub enum SourceError {
     /// What it wrote.
     #[error("Firecracker's snapshot can't be used")]
     Snapshot(#[from] SnapshotError),
+    /// It says that it has more memory than there can be.
+    #[error("Firecracker tells of {0} MiB of memory, which no machine has")]
+    TooLarge(u64),
+    /// It can't be held.
+    #[error(
+        "Firecracker can't be held while its memory is read; have it write its memory to a file with --scratch DIR"
+    )]
+    Freeze(#[from] FreezeError),
     /// Its memory is another size than it said.
     #[error("Firecracker wrote {got} bytes of memory, where its configuration says {expected}")]
     MemorySize {
@@ -88,29 +113,38 @@ pub struct FirecrackerMachine {
     layout: Layout,
     release: String,
     huge_pages: bool,
+    /// It keeps a record of the pages that it writes.
+    tracks: bool,
+    /// Where its memory is read from the process.
+    guest: Option<Arc<Guest>>,
     /// A full snapshot is in the folder, and the VM keeps a record of what changed since.
     has_base: AtomicBool,
     /// It was paused already when it was found, so it stays so.
     was_paused: bool,
     memory: Arc<PausedMemory>,
-    /// Never two pauses at a time.
-    pausing: Mutex<()>,
+    /// From the pause on, where its memory is read from the process. Never two pauses at a time.
+    frozen: Mutex<Option<Frozen>>,
 }
 
-/// The memory file, once there is one. Nobody asks before the pause.
-#[derive(Debug, Default)]
-struct PausedMemory(Mutex<Option<SnapshotMachine>>);
+/// The memory, once there is one. Nobody asks before the pause.
+#[derive(Default)]
+struct PausedMemory(Mutex<Option<Arc<dyn SourceMemory>>>);
+
+impl std::fmt::Debug for PausedMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PausedMemory").finish_non_exhaustive()
+    }
+}
 
 impl PausedMemory {
-    fn set(&self, snapshot: Option<SnapshotMachine>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = snapshot;
+    fn set(&self, memory: Option<Arc<dyn SourceMemory>>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = memory;
     }
 
     fn get(&self) -> io::Result<Arc<dyn SourceMemory>> {
-        let snapshot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        snapshot
-            .as_ref()
-            .map(SourceMachine::memory)
+        let memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        memory
+            .clone()
             .ok_or_else(|| io::Error::other("the VM is not paused"))
     }
 }
@@ -126,8 +160,8 @@ impl SourceMemory for PausedMemory {
 }
 
 impl FirecrackerMachine {
-    /// Looks at the Firecracker at this API, and makes the snapshot that can be made beforehand. `scratch` is where its
-    /// files go.
+    /// Looks at the Firecracker at this API, and makes ready what can be beforehand. With `scratch`, Firecracker writes
+    /// its memory to a file there; without, it is read from the process where that is possible.
     ///
     /// # Errors
     /// [`SourceError`]. The VM runs on.
@@ -142,28 +176,40 @@ impl FirecrackerMachine {
         let config = api.machine_config()?;
         check_devices(&api)?;
         let process = api.process()?;
-        let bytes = config.mem_size_mib << 20;
+        let bytes = config
+            .mem_size_mib
+            .checked_mul(1 << 20)
+            .ok_or(SourceError::TooLarge(config.mem_size_mib))?;
         let huge_pages = config.huge_pages.as_deref() == Some("2M");
         let backing = if huge_pages {
             Backing::Huge2M
         } else {
             Backing::Small
         };
-        let parent = scratch_in(&api, &process, scratch, config.mem_size_mib)?;
+        let guest = match scratch {
+            Some(_) => None,
+            None => find_guest(&process, bytes),
+        };
+        let needed = guest
+            .as_ref()
+            .map_or(config.mem_size_mib, |_| STATE_ROOM_MIB);
+        let parent = scratch_in(&api, &process, scratch, needed)?;
         let machine = Self {
             folder: SharedFolder::new(&parent, &process)?,
             process,
             layout: snapshot::flat(bytes, backing)?,
             huge_pages,
+            tracks: config.track_dirty_pages,
+            guest,
             has_base: AtomicBool::new(false),
             was_paused: info.state == "Paused",
             memory: Arc::default(),
-            pausing: Mutex::default(),
+            frozen: Mutex::default(),
             release: info.vmm_version,
             api,
         };
         let merges = release(&machine.release).is_some_and(|release| release >= DIFFS_AFTER_FULL);
-        if config.track_dirty_pages && merges && !machine.was_paused {
+        if machine.guest.is_none() && machine.tracks && merges && !machine.was_paused {
             machine.make_base()?;
         }
         Ok(machine)
@@ -193,6 +239,33 @@ impl FirecrackerMachine {
         )
     }
 
+    /// The state of the paused VM, and from then on its memory.
+    fn take_state(&self, frozen: &mut Option<Frozen>) -> Result<Vec<u8>, SourceError> {
+        match &self.guest {
+            Some(guest) => self.freeze(guest, frozen),
+            None => self.take_snapshot(),
+        }
+    }
+
+    fn freeze(
+        &self,
+        guest: &Arc<Guest>,
+        frozen: &mut Option<Frozen>,
+    ) -> Result<Vec<u8>, SourceError> {
+        let start = Instant::now();
+        let held = Frozen::freeze(&self.api, &self.process, &self.folder, STATE)?;
+        let state = snapshot::read_state(&self.folder.ours(STATE))?;
+        tracing::info!(
+            us = start.elapsed().as_micros() as u64,
+            bytes = state.len(),
+            "Firecracker has written its state, and is held; its memory is read from the process"
+        );
+        let memory = FrozenMemory::new(Arc::clone(guest), held.holds());
+        self.memory.set(Some(Arc::new(memory)));
+        *frozen = Some(held);
+        Ok(state)
+    }
+
     fn take_snapshot(&self) -> Result<Vec<u8>, SourceError> {
         // Of a diff that failed nobody knows what it held, so it is a full one the next time.
         let kind = if self.has_base.swap(false, Ordering::Relaxed) {
@@ -213,14 +286,43 @@ impl FirecrackerMachine {
             state: self.folder.ours(STATE),
             memory: self.folder.ours(MEMORY),
         };
-        let snapshot = SnapshotMachine::open(&files, self.huge_pages)?;
+        // Written just now, with all that there is: by one snapshot, or by two into one file.
+        let options = SnapshotOptions {
+            huge_pages: self.huge_pages,
+            is_whole: true,
+        };
+        let snapshot = SnapshotMachine::open(&files, options)?;
         let (got, expected) = (snapshot.layout().bytes(), self.layout.bytes());
         if got != expected {
             return Err(SourceError::MemorySize { got, expected });
         }
         let state = snapshot::read_state(&files.state)?;
-        self.memory.set(Some(snapshot));
+        self.memory.set(Some(snapshot.memory()));
         Ok(state)
+    }
+
+    fn let_go(&self) {
+        self.memory.set(None);
+        *self.frozen.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// The guest's memory in the process, or nothing and a word about it.
+fn find_guest(process: &PeerProcess, bytes: u64) -> Option<Arc<Guest>> {
+    if process.pid() <= 0 {
+        return None;
+    }
+    match Guest::find(process.pid(), bytes) {
+        Ok(guest) => Some(Arc::new(guest)),
+        Err(error) => {
+            let why: &dyn std::error::Error = &error;
+            tracing::warn!(
+                why,
+                "the VM's memory can't be read from Firecracker's process, so Firecracker writes it to a file, and the VM \
+                 stands still meanwhile"
+            );
+            None
+        }
     }
 }
 
@@ -254,69 +356,13 @@ fn check_devices(api: &Api) -> Result<(), SourceError> {
     Ok(())
 }
 
-/// A directory with room for the memory, which Firecracker sees.
-fn scratch_in(
-    api: &Api,
-    process: &PeerProcess,
-    scratch: Option<&Path>,
-    needed: u64,
-) -> Result<PathBuf, SourceError> {
-    let beside = match api.path().parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let shm = Path::new("/dev/shm");
-    let candidates = match scratch {
-        Some(scratch) => vec![scratch],
-        None if sees(process, shm) => vec![shm, beside],
-        None => vec![beside],
-    };
-    let mut refused = None;
-    for path in candidates {
-        let free = free_mib(path);
-        if free >= needed + needed / 64 {
-            return Ok(path.to_owned());
-        }
-        refused = Some(SourceError::NoRoom {
-            path: path.to_owned(),
-            needed,
-            free,
-        });
-    }
-    refused.map_or_else(|| Ok(beside.to_owned()), Err)
-}
-
-/// Whether this directory is the same one for that process.
-fn sees(process: &PeerProcess, path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let theirs = process
-        .root()
-        .and_then(|root| path.strip_prefix("/").ok().map(|path| root.join(path)));
-    let Some(theirs) = theirs else {
-        return false;
-    };
-    match (std::fs::metadata(path), std::fs::metadata(theirs)) {
-        (Ok(ours), Ok(theirs)) => (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()),
-        _ => false,
-    }
-}
-
-fn free_mib(path: &Path) -> u64 {
-    statvfs(path).map_or(0, |found| {
-        found
-            .blocks_available()
-            .saturating_mul(found.fragment_size())
-            >> 20
-    })
-}
-
 impl SourceMachine for FirecrackerMachine {
     fn layout(&self) -> &Layout {
         &self.layout
     }
 
     fn offer(&self) -> MachineOffer {
-        snapshot::offer(Some(&self.release))
+        offer::of(&self.release, self.tracks)
     }
 
     fn memory(&self) -> Arc<dyn SourceMemory> {
@@ -324,9 +370,12 @@ impl SourceMachine for FirecrackerMachine {
     }
 
     fn pause(&self) -> Result<Vec<u8>, MachineError> {
-        let _alone = self.pausing.lock().unwrap_or_else(PoisonError::into_inner);
         self.api.pause().map_err(SourceError::Api)?;
-        match self.take_snapshot() {
+        let taken = {
+            let mut frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
+            self.take_state(&mut frozen)
+        };
+        match taken {
             Ok(state) => Ok(state),
             Err(error) => {
                 self.resume()?;
@@ -336,26 +385,26 @@ impl SourceMachine for FirecrackerMachine {
     }
 
     fn resume(&self) -> Result<(), MachineError> {
-        self.memory.set(None);
+        self.let_go();
         if !self.was_paused {
             self.api.resume().map_err(SourceError::Api)?;
         }
         Ok(())
     }
 
-    /// Firecracker ends by itself at SIGTERM, or is ended.
     fn release(&self) -> Result<(), MachineError> {
         self.memory.set(None);
-        for by_force in [false, true] {
+        for (by_force, timeout) in [(false, END_TIMEOUT), (true, KILL_TIMEOUT)] {
             if self.process.has_ended() {
                 break;
             }
             self.process.signal(by_force)?;
             let start = Instant::now();
-            while !self.process.has_ended() && start.elapsed() < END_TIMEOUT {
+            while !self.process.has_ended() && start.elapsed() < timeout {
                 thread::sleep(Duration::from_millis(10));
             }
         }
+        self.let_go();
         Ok(())
     }
 }
