@@ -14,3 +14,4 @@ mod images;
 mod load;
 mod moves;
 mod refusals;
+mod surroundings;

@@ -64,7 +64,7 @@ fn two_gibibytes() {
         cpus: 4,
         fill_mib: 512,
     };
-    moves("two_gibibytes", shape, &["a", "b"]);
+    moves("two_gibibytes", shape, &["a", "b", "c"]);
 }
 
 #[test]

@@ -33,6 +33,17 @@ pub enum QmpError {
         #[source]
         source: io::Error,
     },
+    /// The socket is another user's.
+    #[error(
+        "the QMP socket {} may not be used by this user: run lazyvm as root or as QEMU's user", path.display()
+    )]
+    NoAccess {
+        /// Where.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
     /// No greeting came.
     #[error(
         "{} does not greet as QMP does: it is no QMP socket, or another client is connected to it, of which QEMU serves \
@@ -86,9 +97,12 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`]; QEMU is not disturbed.
     pub fn connect(path: &Path) -> Result<Self, QmpError> {
-        let stream = UnixStream::connect(path).map_err(|source| QmpError::NotThere {
-            path: path.to_owned(),
-            source,
+        let stream = UnixStream::connect(path).map_err(|source| {
+            let path = path.to_owned();
+            match source.kind() {
+                io::ErrorKind::PermissionDenied => QmpError::NoAccess { path, source },
+                _ => QmpError::NotThere { path, source },
+            }
         })?;
         let mut qmp = Self {
             stream,
