@@ -8,7 +8,7 @@ use lazyvm_quic::{ControlStreamError, close_code, describe};
 use lazyvm_wire::control::{
     CONTROL_MAX, Rejection, Switchover, ToDestination, ToSource, short_text, switchover_max,
 };
-use lazyvm_wire::{PageMap, PageMapError};
+use lazyvm_wire::{PageMap, PageMapError, PageRange};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -48,6 +48,23 @@ pub(crate) enum Command {
     Refuse(String),
     /// The vCPUs run.
     Started,
+}
+
+/// Tells the verifier of the pages that the map has made zero, off the way of the machine, which stands still.
+fn note_zeros(core: &Arc<Core>) {
+    if core.verifier.is_none() {
+        return;
+    }
+    // Now, since the guest's touches will make some of them present.
+    let zero = |state| state == PageState::Zero;
+    let runs: Vec<PageRange> = core.installer.table().runs(zero).collect();
+    let core = core.clone();
+    tokio::task::spawn_blocking(move || {
+        if let Some(verifier) = &core.verifier {
+            runs.into_iter().for_each(|run| verifier.zero(run));
+        }
+        core.check_all_here();
+    });
 }
 
 /// Why a connection is of no use any more.
@@ -265,16 +282,16 @@ impl Driver {
     }
 
     /// Takes the page map in: what it does not name is zero.
-    fn take_over(&self, core: &Core, switchover: &Switchover) -> Result<(), Lost> {
+    fn take_over(&self, core: &Arc<Core>, switchover: &Switchover) -> Result<(), Lost> {
+        let start = Instant::now();
         let map = PageMap::decode(&switchover.page_map, core.layout.pages())?;
         core.installer.apply_map(map.bits())?;
-        if let Some(verifier) = &core.verifier {
-            let zero = |state| state == PageState::Zero;
-            core.installer
-                .table()
-                .runs(zero)
-                .for_each(|run| verifier.zero(run));
-        }
+        tracing::debug!(
+            us = start.elapsed().as_micros() as u64,
+            bytes = switchover.page_map.len(),
+            "the page map is taken in"
+        );
+        note_zeros(core);
         let bytes = switchover.state.len() + switchover.page_map.len();
         self.statistics
             .switchover_bytes

@@ -36,6 +36,15 @@ pub trait SourceMachine: Send + Sync {
     /// The memory, valid until [`SourceMachine::release`].
     fn memory(&self) -> Arc<dyn SourceMemory>;
 
+    /// Everything that a pause needs and that can be done while the machine runs: [`SourceMachine::pause`] follows at
+    /// once. On failure the machine runs on.
+    ///
+    /// # Errors
+    /// The machine's own.
+    fn prepare_pause(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
     /// Stops every vCPU and gives the complete state but memory. On failure the machine runs on.
     ///
     /// # Errors

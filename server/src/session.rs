@@ -100,6 +100,7 @@ pub(crate) struct Session {
 pub(crate) struct Paused {
     pub switchover: Arc<Switchover>,
     pub map: Arc<PageMap>,
+    /// When the machine began to stop.
     pub at: Instant,
 }
 
@@ -247,9 +248,13 @@ impl Session {
 
     /// Stops the machine, takes its state and finds its data. Blocks.
     pub fn pause(&self) -> Result<(), String> {
-        let at = Instant::now();
         let machine = &self.config.machine;
+        machine
+            .prepare_pause()
+            .map_err(|error| describe(error.as_ref()))?;
+        let at = Instant::now();
         let state = machine.pause().map_err(|error| describe(error.as_ref()))?;
+        let paused = at.elapsed();
         let map = self.page_map().inspect_err(|_| self.resume())?;
         self.counters
             .data
@@ -258,6 +263,12 @@ impl Session {
             state,
             page_map: map.encode(),
         };
+        tracing::debug!(
+            session = %self.id,
+            state_us = paused.as_micros() as u64,
+            map_us = (at.elapsed() - paused).as_micros() as u64,
+            "the machine is paused"
+        );
         *lock(&self.paused) = Some(Paused {
             switchover: Arc::new(switchover),
             map: Arc::new(map),
