@@ -50,23 +50,6 @@ pub(crate) enum Command {
     Started,
 }
 
-/// Tells the verifier of the pages that the map has made zero, off the way of the machine, which stands still.
-fn note_zeros(core: &Arc<Core>) {
-    if core.verifier.is_none() {
-        return;
-    }
-    // Now, since the guest's touches will make some of them present.
-    let zero = |state| state == PageState::Zero;
-    let runs: Vec<PageRange> = core.installer.table().runs(zero).collect();
-    let core = core.clone();
-    tokio::task::spawn_blocking(move || {
-        if let Some(verifier) = &core.verifier {
-            runs.into_iter().for_each(|run| verifier.zero(run));
-        }
-        core.check_all_here();
-    });
-}
-
 /// Why a connection is of no use any more.
 #[derive(Debug, thiserror::Error)]
 enum Lost {
@@ -101,6 +84,8 @@ pub(crate) struct Driver {
     pub unplaced: Option<Unplaced>,
     /// The owner has let go of its handle; what is under way goes on.
     pub alone: bool,
+    /// Pages that the page map has made zero, until the verifier knows of them.
+    pub zeros: Vec<PageRange>,
     /// What the source last said when it let nobody in.
     pub rejection: Option<Rejection>,
 }
@@ -270,6 +255,7 @@ impl Driver {
                     .downtime_us
                     .store(downtime_us, Ordering::Relaxed);
                 self.stage.set(Stage::Running);
+                self.note_zeros();
                 Ok(None)
             }
             ToDestination::Released => Ok(Some(Event::Released)),
@@ -282,7 +268,7 @@ impl Driver {
     }
 
     /// Takes the page map in: what it does not name is zero.
-    fn take_over(&self, core: &Arc<Core>, switchover: &Switchover) -> Result<(), Lost> {
+    fn take_over(&mut self, core: &Core, switchover: &Switchover) -> Result<(), Lost> {
         let start = Instant::now();
         let map = PageMap::decode(&switchover.page_map, core.layout.pages())?;
         core.installer.apply_map(map.bits())?;
@@ -291,13 +277,32 @@ impl Driver {
             bytes = switchover.page_map.len(),
             "the page map is taken in"
         );
-        note_zeros(core);
+        if core.verifier.is_some() {
+            // Now, since the guest's touches will make some of them present.
+            let zero = |state| state == PageState::Zero;
+            self.zeros = core.installer.table().runs(zero).collect();
+        }
         let bytes = switchover.state.len() + switchover.page_map.len();
         self.statistics
             .switchover_bytes
             .store(bytes as u64, Ordering::Relaxed);
         core.check_all_here();
         Ok(())
+    }
+
+    /// Tells the verifier of the pages that the map has made zero: only now, when the machine does not stand still any
+    /// more, and not on this thread.
+    fn note_zeros(&mut self) {
+        let Some(core) = self.core.clone().filter(|_| !self.zeros.is_empty()) else {
+            return;
+        };
+        let runs = std::mem::take(&mut self.zeros);
+        tokio::task::spawn_blocking(move || {
+            if let Some(verifier) = &core.verifier {
+                runs.into_iter().for_each(|run| verifier.zero(run));
+            }
+            core.check_all_here();
+        });
     }
 
     /// The machine's memory is there now: takes the map in, and only then looks after its faults.

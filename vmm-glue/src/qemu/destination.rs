@@ -270,7 +270,8 @@ impl Destination {
     /// [`DestinationError`].
     pub fn start_vm(&mut self) -> Result<(), DestinationError> {
         let qemu = self.qemu.as_mut().ok_or(DestinationError::NotPrepared)?;
-        let deadline = Instant::now() + RUN_WITHIN;
+        let start = Instant::now();
+        let deadline = start + RUN_WITHIN;
         qemu.qmp.run("cont", json!({}))?;
         loop {
             let status = qemu.qmp.status()?;
@@ -282,6 +283,7 @@ impl Destination {
             }
             thread::sleep(Duration::from_millis(1));
         }
+        tracing::debug!(cont_us = start.elapsed().as_micros() as u64, "the VM runs");
         // From here on it is the user's.
         if let Some(qemu) = self.qemu.take() {
             *self.running.started() = qemu.let_go();
