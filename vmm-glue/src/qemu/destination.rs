@@ -34,6 +34,7 @@ use serde_json::json;
 use super::memory::{self, MemoryError};
 use super::offer::{Offer, OfferError};
 use super::qmp::{Qmp, QmpError};
+use super::ram;
 use super::transfer::{self, TransferError};
 use crate::attach::{self, AttachError, Process};
 
@@ -235,7 +236,7 @@ impl Destination {
         let attached = qemu.process.userfaultfd(&lazy, true)?;
         attached.uffd.register(&lazy)?;
         for region in &regions {
-            memory::empty(region)?;
+            ram::empty(region)?;
         }
         self.qemu = Some(qemu);
         Ok(lazy.with_userfaultfd(attached.uffd, Registration::Done))

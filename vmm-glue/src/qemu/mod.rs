@@ -8,8 +8,10 @@ mod destination;
 mod memory;
 mod offer;
 mod qmp;
+mod ram;
 mod source;
 mod transfer;
+pub mod tree;
 
 pub use destination::{Command, Destination, DestinationError, Running};
 pub use memory::{MemoryError, RamRegion};

@@ -10,9 +10,10 @@ use lazyvm_server::port::{MachineError, SourceMachine, SourceMemory};
 use lazyvm_wire::{Layout, MachineOffer};
 use serde_json::{Value, json};
 
-use super::memory::{self, MemoryError, SharedRam};
+use super::memory::{self, MemoryError};
 use super::offer::Offer;
 use super::qmp::{Qmp, QmpError};
+use super::ram::SharedRam;
 use super::transfer::{self, Changed, TransferError};
 use crate::attach::{AttachError, Process};
 
@@ -230,10 +231,8 @@ impl SourceMachine for Source {
 
     fn prepare_pause(&self) -> Result<(), MachineError> {
         let mut inner = self.inner();
-        inner.prepare().map_err(|error| {
-            inner.put_back();
-            error.into()
-        })
+        inner.prepare().inspect_err(|_| inner.put_back())?;
+        Ok(self.memory.look_ahead()?)
     }
 
     fn pause(&self) -> Result<Vec<u8>, MachineError> {
