@@ -5,6 +5,7 @@
 //! the commands' names as in QEMU's `qapi/`; capabilities are asked for, never taken from the version.
 
 mod destination;
+pub mod line;
 mod memory;
 mod offer;
 mod qmp;
