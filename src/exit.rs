@@ -298,7 +298,7 @@ fn of_qemu_destination(error: &qemu::DestinationError) -> Option<Exit> {
 fn of_qmp(error: &QmpError) -> Option<Exit> {
     matches!(
         error,
-        QmpError::NotThere { .. } | QmpError::NoGreeting { .. }
+        QmpError::NotThere { .. } | QmpError::NoAccess { .. } | QmpError::NoGreeting { .. }
     )
     .then_some(Exit::Environment)
 }

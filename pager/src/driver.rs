@@ -8,7 +8,7 @@ use lazyvm_quic::{ControlStreamError, close_code, describe};
 use lazyvm_wire::control::{
     CONTROL_MAX, Rejection, Switchover, ToDestination, ToSource, short_text, switchover_max,
 };
-use lazyvm_wire::{PageMap, PageMapError};
+use lazyvm_wire::{PageMap, PageMapError, PageRange};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -84,6 +84,8 @@ pub(crate) struct Driver {
     pub unplaced: Option<Unplaced>,
     /// The owner has let go of its handle; what is under way goes on.
     pub alone: bool,
+    /// Pages that the page map has made zero, until the verifier knows of them.
+    pub zeros: Vec<PageRange>,
     /// What the source last said when it let nobody in.
     pub rejection: Option<Rejection>,
 }
@@ -254,6 +256,7 @@ impl Driver {
                     .downtime_us
                     .store(downtime_us, Ordering::Relaxed);
                 self.stage.set(Stage::Running);
+                self.note_zeros();
                 Ok(None)
             }
             ToDestination::Released => Ok(Some(Event::Released)),
@@ -266,17 +269,21 @@ impl Driver {
     }
 
     /// Takes the page map in: what it does not name is zero.
-    fn take_over(&self, core: &Core, switchover: &Switchover) -> Result<(), Lost> {
+    fn take_over(&mut self, core: &Core, switchover: &Switchover) -> Result<(), Lost> {
+        let start = Instant::now();
         let map = PageMap::decode(&switchover.page_map, core.layout.pages())?;
         let held = PageMap::decode(&switchover.held, core.layout.pages())?;
         core.installer.apply_map(map.bits())?;
         core.hold(held.bits())?;
-        if let Some(verifier) = &core.verifier {
+        tracing::debug!(
+            us = start.elapsed().as_micros() as u64,
+            bytes = switchover.page_map.len(),
+            "the page map is taken in"
+        );
+        if core.verifier.is_some() {
+            // Now, since the guest's touches will make some of them present.
             let zero = |state| state == PageState::Zero;
-            core.installer
-                .table()
-                .runs(zero)
-                .for_each(|run| verifier.zero(run));
+            self.zeros = core.installer.table().runs(zero).collect();
         }
         let bytes = switchover.state.len() + switchover.page_map.len() + switchover.held.len();
         self.statistics
@@ -293,6 +300,21 @@ impl Driver {
             if let Err(error) = core.map_held() {
                 tracing::error!(error = %describe(&error), "pages that came early can't be mapped");
             }
+        });
+    }
+
+    /// Tells the verifier of the pages that the map has made zero: only now, when the machine does not stand still any
+    /// more, and not on this thread.
+    fn note_zeros(&mut self) {
+        let Some(core) = self.core.clone().filter(|_| !self.zeros.is_empty()) else {
+            return;
+        };
+        let runs = std::mem::take(&mut self.zeros);
+        tokio::task::spawn_blocking(move || {
+            if let Some(verifier) = &core.verifier {
+                runs.into_iter().for_each(|run| verifier.zero(run));
+            }
+            core.check_all_here();
         });
     }
 

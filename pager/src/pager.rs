@@ -118,6 +118,7 @@ pub fn connect(ticket: &Ticket, options: Options) -> Result<Offer, PagerError> {
         core: None,
         unplaced: None,
         alone: false,
+        zeros: Vec::new(),
         rejection: None,
     };
     let (answer, answered) = std::sync::mpsc::channel();

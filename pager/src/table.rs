@@ -23,6 +23,7 @@
 //! Ranges may come from outside: what lies past the image is left out of every operation. Where huge pages back a
 //! region, an operation takes the huge pages that are wholly in its range.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -278,8 +279,20 @@ impl PageTable {
     /// These pages, which were waiting for data, are zero at the source. Those that nobody waits for become Zero. Each
     /// run that somebody waits for is claimed as the iterator comes to it, and has to be filled with zeros.
     pub fn mark_zero(&self, range: PageRange) -> impl Iterator<Item = PageRange> {
-        self.change_all(range, |state| if state == ABSENT { ZERO } else { state });
-        runs(range, move |rest| {
+        let waited_for = Cell::new(false);
+        self.change_all(range, |state| {
+            if state & !FILLING == REQUESTED {
+                waited_for.set(true);
+            }
+            if state == ABSENT { ZERO } else { state }
+        });
+        // Mostly nobody waits, and one look at each page is enough: who comes now finds it Zero.
+        let waited_for = if waited_for.get() {
+            range
+        } else {
+            PageRange::new(range.first, 0)
+        };
+        runs(waited_for, move |rest| {
             self.take_run(rest, u64::MAX, |state| {
                 (state == REQUESTED).then_some(ZERO | FILLING)
             })

@@ -4,6 +4,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use lazyvm_wire::{PAGE_SIZE, PageRange, page_digest, zero_digest};
 
+use crate::table::after;
+
+/// Most pages that are taken in at once.
+const PIECE_PAGES: u64 = 4096;
+
 /// Most differing pages that are named in the log.
 const NAMED_MAX: u64 = 16;
 
@@ -43,11 +48,17 @@ impl Verifier {
 
     /// These pages are zero here.
     pub fn zero(&self, range: PageRange) {
-        self.lock().take(
-            range,
-            std::iter::repeat_n(zero_digest(), range.count as usize),
-            Known::Installed,
-        );
+        let mut rest = range;
+        while !rest.is_empty() {
+            // Piece by piece: faults wait for the lock as well.
+            let piece = PageRange::new(rest.first, rest.count.min(PIECE_PAGES));
+            self.lock().take(
+                piece,
+                std::iter::repeat_n(zero_digest(), piece.count as usize),
+                Known::Installed,
+            );
+            rest = after(rest, piece);
+        }
     }
 
     /// The guest gave these pages back: there may never be anything to compare.

@@ -41,6 +41,15 @@ pub trait SourceMachine: Send + Sync {
         None
     }
 
+    /// Everything that a pause needs and that can be done while the machine runs: [`SourceMachine::pause`] follows at
+    /// once. On failure the machine runs on.
+    ///
+    /// # Errors
+    /// The machine's own.
+    fn prepare_pause(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
     /// Stops every vCPU and gives the complete state but memory. On failure the machine runs on.
     ///
     /// # Errors

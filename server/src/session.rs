@@ -117,6 +117,7 @@ pub(crate) struct Paused {
     pub held: Arc<PageMap>,
     /// What it needs first.
     pub lead: Arc<[PageRange]>,
+    /// When the machine began to stop.
     pub at: Instant,
 }
 
@@ -270,9 +271,13 @@ impl Session {
 
     /// Stops the machine, takes its state and finds its data. Blocks.
     pub fn pause(&self) -> Result<(), String> {
-        let at = Instant::now();
         let machine = &self.config.machine;
+        machine
+            .prepare_pause()
+            .map_err(|error| describe(error.as_ref()))?;
+        let at = Instant::now();
         let state = machine.pause().map_err(|error| describe(error.as_ref()))?;
+        let paused = at.elapsed();
         let map = self.page_map().inspect_err(|_| self.resume())?;
         self.counters
             .data
@@ -283,6 +288,12 @@ impl Session {
             page_map: map.encode(),
             held: held.encode(),
         };
+        tracing::debug!(
+            session = %self.id,
+            state_us = paused.as_micros() as u64,
+            map_us = (at.elapsed() - paused).as_micros() as u64,
+            "the machine is paused"
+        );
         *lock(&self.paused) = Some(Paused {
             switchover: Arc::new(switchover),
             map: Arc::new(map),

@@ -5,16 +5,10 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
 
-use crate::common::{Home, Program, Tick, lazyvm, skip, wait_for};
-
-/// Kernel and first program, made once.
-struct Images {
-    kernel: PathBuf,
-    initrd: PathBuf,
-    _folder: tempfile::TempDir,
-}
+use crate::common::{Home, Program, Tick, skip, wait_for};
+use crate::hosts::{Hosts, end_all_of};
+use crate::images::images;
 
 /// Whether QEMUs with the guest can be moved here.
 pub fn can_move(test: &str) -> bool {
@@ -29,97 +23,6 @@ pub fn can_move(test: &str) -> bool {
     true
 }
 
-fn images() -> Result<&'static Images, &'static str> {
-    static IMAGES: OnceLock<Result<Images, String>> = OnceLock::new();
-    IMAGES.get_or_init(make).as_ref().map_err(String::as_str)
-}
-
-/// The kernel that `.ci/set-up test` has fetched, and an archive with the guest's program.
-fn make() -> Result<Images, String> {
-    let target = Path::new(env!("CARGO_BIN_EXE_lazyvm"))
-        .ancestors()
-        .nth(2)
-        .ok_or("no target directory")?;
-    let kernel = target.join("guest-kernel").join("vmlinuz");
-    if !kernel.is_file() {
-        return Err(format!(
-            "no kernel at {}; .ci/set-up test fetches it",
-            kernel.display()
-        ));
-    }
-    if Command::new("qemu-system-x86_64")
-        .arg("--version")
-        .output()
-        .is_err()
-    {
-        return Err("no qemu-system-x86_64; .ci/set-up test installs it".to_owned());
-    }
-    let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
-    let init = folder.path().join("init");
-    let compiled = Command::new("gcc")
-        .args([
-            "-O2",
-            "-static",
-            "-nostdlib",
-            "-ffreestanding",
-            "-fno-stack-protector",
-            "-fno-pie",
-            "-no-pie",
-            "-o",
-        ])
-        .arg(&init)
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qemu/init.c"))
-        .status()
-        .map_err(|error| format!("gcc: {error}"))?;
-    if !compiled.success() {
-        return Err("gcc does not compile the guest's program".to_owned());
-    }
-    let initrd = folder.path().join("initrd");
-    let program = fs::read(&init).map_err(|error| error.to_string())?;
-    fs::write(&initrd, archive(&program)).map_err(|error| error.to_string())?;
-    Ok(Images {
-        kernel,
-        initrd,
-        _folder: folder,
-    })
-}
-
-/// A `newc` archive (`cpio(5)`) with `/dev/console` and `/init`.
-fn archive(init: &[u8]) -> Vec<u8> {
-    let mut out = Vec::new();
-    let mut entry = |name: &str, mode: u32, device: (u32, u32), data: &[u8]| {
-        let header = [
-            0,
-            mode,
-            0,
-            0,
-            1,
-            0,
-            data.len() as u32,
-            0,
-            0,
-            device.0,
-            device.1,
-            name.len() as u32 + 1,
-            0,
-        ];
-        out.extend_from_slice(b"070701");
-        for field in header {
-            write!(out, "{field:08x}").unwrap();
-        }
-        out.extend_from_slice(name.as_bytes());
-        out.push(0);
-        out.resize(out.len().next_multiple_of(4), 0);
-        out.extend_from_slice(data);
-        out.resize(out.len().next_multiple_of(4), 0);
-    };
-    entry("dev", 0o040_755, (0, 0), &[]);
-    entry("dev/console", 0o020_600, (5, 1), &[]);
-    entry("init", 0o100_755, (0, 0), init);
-    entry("TRAILER!!!", 0, (0, 0), &[]);
-    out
-}
-
 /// What is the same in every QEMU of a test.
 #[derive(Clone, Copy)]
 pub struct Shape {
@@ -129,12 +32,20 @@ pub struct Shape {
     pub fill_mib: u64,
 }
 
-/// The QEMUs of a test, each with a name.
+/// The QEMUs of a test, each with a name. Dropped, they end, wherever they are.
 pub struct Qemus {
     pub home: Home,
     /// RAM is a file on tmpfs.
     ram: tempfile::TempDir,
     pub shape: Shape,
+    /// Further arguments, with spaces between them.
+    pub devices: String,
+    /// Further words of the kernel's command line.
+    pub append: String,
+    /// Where moves go to and fro; without them, all is on this one.
+    hosts: Option<Hosts>,
+    /// The names on the second host.
+    away: Vec<String>,
 }
 
 impl Qemus {
@@ -143,7 +54,37 @@ impl Qemus {
             home: Home::new(),
             ram: tempfile::tempdir_in("/dev/shm").unwrap(),
             shape,
+            devices: String::new(),
+            append: String::new(),
+            hosts: None,
+            away: Vec::new(),
         }
+    }
+
+    /// Of these names each is on the other host than the one before.
+    pub fn on_two_hosts(shape: Shape, names: &[&str]) -> Self {
+        let mut qemus = Self::new(shape);
+        qemus.hosts = Some(Hosts::new());
+        let away = names.iter().skip(1).step_by(2);
+        qemus.away = away.map(|&name| name.to_owned()).collect();
+        qemus
+    }
+
+    /// A command where the QEMU `name` is.
+    fn on_host_of(&self, name: &str, program: &str) -> Command {
+        match &self.hosts {
+            Some(hosts) => hosts.on(self.host_of(name), program),
+            None => Command::new(program),
+        }
+    }
+
+    fn host_of(&self, name: &str) -> usize {
+        usize::from(self.away.iter().any(|away| away == name))
+    }
+
+    /// Where RAM files are.
+    pub fn ram(&self) -> &Path {
+        self.ram.path()
     }
 
     /// The whole command of the QEMU `name`.
@@ -169,15 +110,19 @@ impl Qemus {
         let words = format!(
             "qemu-system-x86_64 -accel tcg,thread=multi -m {memory_mib}M -smp {cpus} -object {backend} \
              -machine memory-backend=ram0 -nodefaults -display none -kernel {} -initrd {} \
-             -serial file:{} -qmp unix:{},server=on,wait=off",
+             -serial file:{} -qmp unix:{},server=on,wait=off {}",
             images.kernel.display(),
             images.initrd.display(),
             self.home.path(&format!("{name}.serial")).display(),
             self.qmp(name).display(),
+            self.devices,
         );
         let mut words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
         words.push("-append".to_owned());
-        words.push(format!("console=ttyS0 quiet cpus={cpus} fill={fill_mib}"));
+        words.push(format!(
+            "console=ttyS0 quiet cpus={cpus} fill={fill_mib} {}",
+            self.append
+        ));
         words
     }
 
@@ -195,7 +140,7 @@ impl Qemus {
     pub fn launch(&self, name: &str, words: &[String]) -> Program {
         self.home.start(
             name,
-            Command::new(&words[0])
+            self.on_host_of(name, &words[0])
                 .args(&words[1..])
                 .stdout(Stdio::null()),
         )
@@ -203,9 +148,13 @@ impl Qemus {
 
     /// `lazyvm serve --qemu` of the QEMU `name`, and its ticket; empty when it prints none.
     pub fn serve(&self, name: &str) -> (Program, String) {
-        let mut command = lazyvm();
+        let address = match self.hosts {
+            Some(_) => Hosts::address(self.host_of(name)),
+            None => "127.0.0.1".to_owned(),
+        };
+        let mut command = self.on_host_of(name, env!("CARGO_BIN_EXE_lazyvm"));
         command
-            .args(["serve", "--listen", "127.0.0.1:0", "--qemu"])
+            .args(["serve", "--listen", &format!("{address}:0"), "--qemu"])
             .arg(self.qmp(name))
             .stdout(Stdio::piped());
         let mut serve = self.home.start(&format!("serve-{name}"), &mut command);
@@ -218,7 +167,7 @@ impl Qemus {
 
     /// `lazyvm resume --qemu` with a command for the QEMU `name`.
     pub fn resume(&self, name: &str, ticket: &str, words: &[String]) -> Program {
-        let mut command = lazyvm();
+        let mut command = self.on_host_of(name, env!("CARGO_BIN_EXE_lazyvm"));
         command
             .args(["resume", ticket, "--verify", "--report"])
             .arg(self.home.path(&format!("{name}.json")))
@@ -230,9 +179,14 @@ impl Qemus {
 
     /// Moves the VM from one QEMU to another, new one.
     pub fn move_on(&self, from: &str, to: &str) -> serde_json::Value {
+        self.move_to(from, to, &self.command(to))
+    }
+
+    /// With a command for the new one.
+    pub fn move_to(&self, from: &str, to: &str, words: &[String]) -> serde_json::Value {
         let (mut serve, ticket) = self.serve(from);
         assert!(!ticket.is_empty(), "{}", serve.log());
-        let mut resume = self.resume(to, &ticket, &self.command(to));
+        let mut resume = self.resume(to, &ticket, words);
         resume.ends_with(0);
         serve.ends_with(0);
         let report = self.home.report(to);
@@ -253,6 +207,32 @@ impl Qemus {
         ticks
     }
 
+    /// What the QEMU `name`'s guest last said of its load.
+    pub fn load(&self, name: &str) -> Option<Load> {
+        let text =
+            fs::read_to_string(self.home.path(&format!("{name}.serial"))).unwrap_or_default();
+        let (whole, _) = text.rsplit_once('\n')?;
+        whole.lines().rev().find_map(Load::parse)
+    }
+
+    /// Runs a command of QMP in the QEMU `name`, and gives the line that it answers with.
+    pub fn qmp_command(&self, name: &str, command: &str) -> String {
+        // It serves one after the other.
+        wait_for("answer of QMP", || {
+            let mut stream = UnixStream::connect(self.qmp(name)).ok()?;
+            stream
+                .write_all(b"{\"execute\":\"qmp_capabilities\"}")
+                .ok()?;
+            stream.write_all(command.as_bytes()).ok()?;
+            // The greeting, and one answer for each command.
+            BufReader::new(stream)
+                .lines()
+                .map_while(Result::ok)
+                .filter(|line| !line.contains("\"event\""))
+                .nth(2)
+        })
+    }
+
     /// Ends the QEMU `name`, which is nobody's child any more.
     pub fn quit(&self, name: &str) {
         if let Ok(mut stream) = UnixStream::connect(self.qmp(name)) {
@@ -268,5 +248,45 @@ impl Qemus {
         wait_for("end of QEMU", || {
             UnixStream::connect(self.qmp(name)).is_err().then_some(())
         });
+    }
+}
+
+impl Drop for Qemus {
+    fn drop(&mut self) {
+        end_all_of(&self.home.path(""));
+    }
+}
+
+/// How often each part of the load was done, and how often it was wrong.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    pub disk: (u64, u64),
+    pub tcp: (u64, u64),
+    pub net: (u64, u64),
+}
+
+impl Load {
+    fn parse(line: &str) -> Option<Self> {
+        let words: Vec<_> = line.trim_end().split(' ').collect();
+        let &["load", "disk", d, de, "tcp", t, te, "net", n, ne, "lost", _] = &words[..] else {
+            return None;
+        };
+        let pair = |done: &str, errors: &str| Some((done.parse().ok()?, errors.parse().ok()?));
+        Some(Self {
+            disk: pair(d, de)?,
+            tcp: pair(t, te)?,
+            net: pair(n, ne)?,
+        })
+    }
+
+    pub fn errors(&self) -> u64 {
+        self.disk.1 + self.tcp.1 + self.net.1
+    }
+
+    /// Whether each part has gone on so much since.
+    pub fn has_gone_on(&self, since: &Self, turns: u64) -> bool {
+        self.disk.0 >= since.disk.0 + turns
+            && self.tcp.0 >= since.tcp.0 + turns
+            && self.net.0 >= since.net.0 + turns
     }
 }

@@ -1,7 +1,7 @@
 //! Moves of unmodified QEMUs with a Linux guest that checks its own memory: real programs, real kernels.
 //!
 //! The guest's only program is `init.c`; it writes a line every 50 ms that tells how many pages it has touched and how
-//! many were wrong.
+//! many were wrong, and another one of the same kind about its disk and network where it uses these.
 
 // Clippy allows these in tests only, not in what tests share.
 #![allow(clippy::unwrap_used)]
@@ -9,5 +9,9 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod guest;
+mod hosts;
+mod images;
+mod load;
 mod moves;
 mod refusals;
+mod surroundings;

@@ -7,7 +7,7 @@ fn moves(test: &str, shape: Shape, names: &[&str]) {
     if !can_move(test) {
         return;
     }
-    let qemus = Qemus::new(shape);
+    let qemus = Qemus::on_two_hosts(shape, names);
     let mut first = qemus.start(names[0]);
     for pair in names.windows(2) {
         let report = qemus.move_on(pair[0], pair[1]);
@@ -64,7 +64,7 @@ fn two_gibibytes() {
         cpus: 4,
         fill_mib: 512,
     };
-    moves("two_gibibytes", shape, &["a", "b"]);
+    moves("two_gibibytes", shape, &["a", "b", "c"]);
 }
 
 #[test]

@@ -79,7 +79,11 @@ impl Mappings {
         })
     }
 
-    fn parse(text: &str) -> Result<Self, &str> {
+    /// Reads a table.
+    ///
+    /// # Errors
+    /// The first line that can't be read.
+    pub fn parse(text: &str) -> Result<Self, &str> {
         text.lines()
             .map(|line| parse_line(line).ok_or(line))
             .collect::<Result<_, _>>()

@@ -52,7 +52,9 @@ pub enum AttachError {
     #[error(transparent)]
     Maps(#[from] MapsError),
     /// What `/proc` tells of it can't be read.
-    #[error("can't look at process {pid}: run lazyvm as root or as that process's user")]
+    #[error(
+        "can't look at process {pid}: run lazyvm as root, as that process's user, or with the capability CAP_SYS_PTRACE"
+    )]
     Look {
         /// The process.
         pid: i32,
@@ -172,7 +174,10 @@ impl Process {
     /// # Errors
     /// [`AttachError::Maps`].
     pub fn mappings(&self) -> Result<Mappings, AttachError> {
-        Ok(Mappings::of(self.pid)?)
+        Mappings::of(self.pid).map_err(|error| match error {
+            MapsError::Read { pid, source } => AttachError::Look { pid, source },
+            error => AttachError::Maps(error),
+        })
     }
 
     /// The file behind a mapping, through `/proc`: whatever its name is now, in whichever mount namespace, and for memfds.

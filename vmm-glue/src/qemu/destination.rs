@@ -34,6 +34,7 @@ use serde_json::json;
 use super::memory::{self, MemoryError};
 use super::offer::{Offer, OfferError};
 use super::qmp::{Qmp, QmpError};
+use super::ram;
 use super::transfer::{self, TransferError};
 use crate::attach::{self, AttachError, Process};
 
@@ -235,7 +236,7 @@ impl Destination {
         let attached = qemu.process.userfaultfd(&lazy, true)?;
         attached.uffd.register(&lazy)?;
         for region in &regions {
-            memory::empty(region)?;
+            ram::empty(region)?;
         }
         self.qemu = Some(qemu);
         Ok(lazy.with_userfaultfd(attached.uffd, Registration::Done))
@@ -270,7 +271,8 @@ impl Destination {
     /// [`DestinationError`].
     pub fn start_vm(&mut self) -> Result<(), DestinationError> {
         let qemu = self.qemu.as_mut().ok_or(DestinationError::NotPrepared)?;
-        let deadline = Instant::now() + RUN_WITHIN;
+        let start = Instant::now();
+        let deadline = start + RUN_WITHIN;
         qemu.qmp.run("cont", json!({}))?;
         loop {
             let status = qemu.qmp.status()?;
@@ -282,6 +284,7 @@ impl Destination {
             }
             thread::sleep(Duration::from_millis(1));
         }
+        tracing::debug!(cont_us = start.elapsed().as_micros() as u64, "the VM runs");
         // From here on it is the user's.
         if let Some(qemu) = self.qemu.take() {
             *self.running.started() = qemu.let_go();

@@ -5,11 +5,14 @@
 //! the commands' names as in QEMU's `qapi/`; capabilities are asked for, never taken from the version.
 
 mod destination;
+pub mod line;
 mod memory;
 mod offer;
 mod qmp;
+mod ram;
 mod source;
 mod transfer;
+pub mod tree;
 
 pub use destination::{Command, Destination, DestinationError, Running};
 pub use memory::{MemoryError, RamRegion};

@@ -12,8 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt::PeerCredentials};
 use serde_json::{Value, json};
 
-/// Longest line that is taken, in bytes: a memory tree of thousands of regions fits.
-const LINE_MAX: usize = 16 << 20;
+use super::line::{Lines, Message, version};
 
 /// How long QEMU may take for an answer. Its main loop may wait for a disk or for a page.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
@@ -27,6 +26,17 @@ pub enum QmpError {
     /// Nobody is there.
     #[error("no QEMU answers at {}: start it with -qmp unix:{},server=on,wait=off", path.display(), path.display())]
     NotThere {
+        /// Where.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The socket is another user's.
+    #[error(
+        "the QMP socket {} may not be used by this user: run lazyvm as root or as QEMU's user", path.display()
+    )]
+    NoAccess {
         /// Where.
         path: PathBuf,
         /// The system's answer.
@@ -76,7 +86,7 @@ pub enum QmpError {
 #[derive(Debug)]
 pub struct Qmp {
     stream: UnixStream,
-    pending: Vec<u8>,
+    lines: Lines,
     version: String,
 }
 
@@ -86,13 +96,16 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`]; QEMU is not disturbed.
     pub fn connect(path: &Path) -> Result<Self, QmpError> {
-        let stream = UnixStream::connect(path).map_err(|source| QmpError::NotThere {
-            path: path.to_owned(),
-            source,
+        let stream = UnixStream::connect(path).map_err(|source| {
+            let path = path.to_owned();
+            match source.kind() {
+                io::ErrorKind::PermissionDenied => QmpError::NoAccess { path, source },
+                _ => QmpError::NotThere { path, source },
+            }
         })?;
         let mut qmp = Self {
             stream,
-            pending: Vec::new(),
+            lines: Lines::default(),
             version: String::new(),
         };
         let greeting = qmp
@@ -176,19 +189,17 @@ impl Qmp {
         let deadline = Instant::now() + ANSWER_WITHIN;
         loop {
             let line = self.line(deadline).map_err(lost)?;
-            let mut answer: Value = serde_json::from_slice(&line)
-                .map_err(|error| lost(io::Error::new(io::ErrorKind::InvalidData, error)))?;
-            if let Some(value) = answer.get_mut("return") {
-                return Ok(value.take());
+            match Message::parse(&line) {
+                Ok(Message::Return(value)) => return Ok(value),
+                Ok(Message::Error(text)) => {
+                    return Err(QmpError::Refused {
+                        command: command.to_owned(),
+                        text,
+                    });
+                }
+                Ok(Message::Other(answer)) => tracing::trace!(%answer, "qemu"),
+                Err(error) => return Err(lost(io::Error::new(io::ErrorKind::InvalidData, error))),
             }
-            if let Some(error) = answer.get("error") {
-                let text = error.get("desc").and_then(Value::as_str);
-                return Err(QmpError::Refused {
-                    command: command.to_owned(),
-                    text: text.unwrap_or("no reason given").to_owned(),
-                });
-            }
-            tracing::trace!(%answer, "qemu");
         }
     }
 
@@ -214,18 +225,11 @@ impl Qmp {
 
     /// The next line.
     fn line(&mut self, deadline: Instant) -> io::Result<Vec<u8>> {
-        let mut searched = 0;
         loop {
-            if let Some(end) = self.pending[searched..]
-                .iter()
-                .position(|&byte| byte == b'\n')
-            {
-                let rest = self.pending.split_off(searched + end + 1);
-                return Ok(std::mem::replace(&mut self.pending, rest));
-            }
-            searched = self.pending.len();
-            if searched > LINE_MAX {
-                return Err(invalid("a line that is too long"));
+            match self.lines.next() {
+                Ok(Some(line)) => return Ok(line),
+                Ok(None) => {}
+                Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -235,7 +239,7 @@ impl Qmp {
             let mut piece = [0; 8192];
             match self.stream.read(&mut piece) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(length) => self.pending.extend_from_slice(&piece[..length]),
+                Ok(length) => self.lines.push(&piece[..length]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return Err(io::ErrorKind::TimedOut.into());
@@ -260,18 +264,6 @@ pub(super) fn text(answer: &Value, command: &str, field: &'static str) -> Result
 
 fn invalid(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
-}
-
-fn version(line: &[u8]) -> Option<String> {
-    let greeting: Value = serde_json::from_slice(line).ok()?;
-    let version = greeting.get("QMP")?.get("version")?.get("qemu")?;
-    let number = |name: &str| version.get(name).and_then(Value::as_u64);
-    Some(format!(
-        "{}.{}.{}",
-        number("major")?,
-        number("minor")?,
-        number("micro")?
-    ))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! A QEMU that runs, as the source of a move.
 
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,9 +10,10 @@ use lazyvm_server::port::{MachineError, SourceMachine, SourceMemory};
 use lazyvm_wire::{Layout, MachineOffer};
 use serde_json::{Value, json};
 
-use super::memory::{self, MemoryError, SharedRam};
+use super::memory::{self, MemoryError};
 use super::offer::Offer;
 use super::qmp::{Qmp, QmpError};
+use super::ram::SharedRam;
 use super::transfer::{self, Changed, TransferError};
 use crate::attach::{AttachError, Process};
 
@@ -86,6 +88,8 @@ pub struct Source {
 struct Inner {
     qmp: Qmp,
     changed: Option<Changed>,
+    /// What the state is to come through.
+    socket: Option<UnixStream>,
 }
 
 impl Source {
@@ -123,7 +127,11 @@ impl Source {
             layout,
             offer: offer.encode(),
             memory: Arc::new(SharedRam::new(&regions)),
-            inner: Mutex::new(Inner { qmp, changed: None }),
+            inner: Mutex::new(Inner {
+                qmp,
+                changed: None,
+                socket: None,
+            }),
         })
     }
 
@@ -133,10 +141,19 @@ impl Source {
 }
 
 impl Inner {
-    fn stop_and_save(&mut self) -> Result<Vec<u8>, SourceError> {
+    /// While the VM runs: QEMU answers slowly then.
+    fn prepare(&mut self) -> Result<(), SourceError> {
         check_movable(&mut self.qmp)?;
         self.changed = Some(transfer::configure(&mut self.qmp)?);
-        let mut socket = transfer::open(&mut self.qmp)?;
+        self.socket = Some(transfer::open(&mut self.qmp)?);
+        Ok(())
+    }
+
+    fn stop_and_save(&mut self) -> Result<Vec<u8>, SourceError> {
+        let mut socket = match self.socket.take() {
+            Some(socket) => socket,
+            None => transfer::open(&mut self.qmp)?,
+        };
         let start = Instant::now();
         self.qmp.run("stop", json!({}))?;
         let stopped = start.elapsed();
@@ -150,14 +167,18 @@ impl Inner {
         Ok(state)
     }
 
+    /// What is left of the settings harms nobody.
+    fn put_back(&mut self) {
+        if let Some(changed) = self.changed.take()
+            && let Err(error) = changed.undo(&mut self.qmp)
+        {
+            tracing::warn!(%error, "QEMU's migration settings are not as they were");
+        }
+    }
+
     fn run_on(&mut self) -> Result<(), SourceError> {
         transfer::cancel(&mut self.qmp)?;
-        if let Some(changed) = self.changed.take() {
-            // What is left of it harms nobody.
-            if let Err(error) = changed.undo(&mut self.qmp) {
-                tracing::warn!(%error, "QEMU's migration settings are not as they were");
-            }
-        }
+        self.put_back();
         let deadline = Instant::now() + RUN_WITHIN;
         self.qmp.run("cont", json!({}))?;
         loop {
@@ -208,12 +229,16 @@ impl SourceMachine for Source {
         Arc::clone(&self.memory) as _
     }
 
+    fn prepare_pause(&self) -> Result<(), MachineError> {
+        let mut inner = self.inner();
+        inner.prepare().inspect_err(|_| inner.put_back())?;
+        Ok(self.memory.look_ahead()?)
+    }
+
     fn pause(&self) -> Result<Vec<u8>, MachineError> {
         let mut inner = self.inner();
         inner.stop_and_save().map_err(|error| {
-            if !matches!(error, SourceError::NotRunning(_) | SourceError::Migrating)
-                && let Err(second) = inner.run_on()
-            {
+            if let Err(second) = inner.run_on() {
                 tracing::error!(error = %second, "the VM could not be let run on");
             }
             error.into()

@@ -177,8 +177,15 @@ pub(super) fn load(
         // QEMU reads while it answers; it may wait for pages meanwhile.
         let writer = scope.spawn(move || socket.write_all(state));
         let uri = json!({ "uri": format!("fd:{SOCKET_NAME}") });
+        let start = Instant::now();
         qmp.run("migrate-incoming", uri)?;
+        let asked = start.elapsed();
         wait_completed(qmp)?;
+        tracing::debug!(
+            asked_us = asked.as_micros() as u64,
+            us = start.elapsed().as_micros() as u64,
+            "QEMU has taken the state in"
+        );
         match writer.join() {
             Ok(written) => written.map_err(TransferError::Socket),
             Err(_) => Err(TransferError::Socket(io::ErrorKind::BrokenPipe.into())),
