@@ -20,6 +20,7 @@ const GSO_ECN: u8 = 0x80;
 const IP_TCP: u8 = 6;
 const IP_UDP: u8 = 17;
 const UDP_HEADER_BYTES: usize = 8;
+const TCP_HEADER_BYTES_MIN: usize = 20;
 const TCP_FIN: u8 = 0x01;
 const TCP_PSH: u8 = 0x08;
 const TCP_CWR: u8 = 0x80;
@@ -145,12 +146,16 @@ fn many(bytes: &[u8]) -> Option<Many> {
     let transport = VNET_HEADER_BYTES + ip_header;
     let protocol = ip[9];
     let header = match (kind, protocol) {
-        (GSO_TCP4, IP_TCP) => usize::from(*bytes.get(transport + 13)? >> 4) * 4,
+        (GSO_TCP4, IP_TCP) => usize::from(*bytes.get(transport + 12)? >> 4) * 4,
         (GSO_UDP_L4, IP_UDP) => UDP_HEADER_BYTES,
         _ => return None,
     };
+    let least = match protocol {
+        IP_TCP => TCP_HEADER_BYTES_MIN,
+        _ => UDP_HEADER_BYTES,
+    };
     let payload = transport + header;
-    (ip_header >= 20 && header >= UDP_HEADER_BYTES && payload < bytes.len()).then_some(Many {
+    (ip_header >= 20 && header >= least && payload < bytes.len()).then_some(Many {
         protocol,
         transport,
         payload,
