@@ -12,7 +12,7 @@ const BOTTOM: f64 = 36.0;
 /// Bins of speed and of bytes, in microseconds.
 const BIN_US: i64 = 50_000;
 
-/// What is shown of the time before the order and after the end.
+/// What is shown of the time before the order.
 const MARGIN_US: i64 = 1_000_000;
 
 /// Colors that people who don't see all colors can tell apart (Okabe and Ito).
@@ -20,7 +20,7 @@ pub const COLORS: [&str; 3] = ["#0072b2", "#d55e00", "#009e73"];
 
 /// Bounds of the histogram of gaps, in milliseconds.
 const GAPS_MS: [f64; 12] = [
-    12.0, 15.0, 20.0, 30.0, 50.0, 100.0, 150.0, 200.0, 300.0, 500.0, 1000.0, 2000.0,
+    12.0, 15.0, 20.0, 30.0, 50.0, 100.0, 150.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0,
 ];
 
 /// A picture and what it shows.
@@ -42,12 +42,11 @@ struct Line {
 pub fn all(series: &[(String, &Record)]) -> Vec<Chart> {
     let to_us = series
         .iter()
-        .map(|(_, record)| end_us(record))
+        .map(|(_, record)| record.end_us)
         .max()
-        .unwrap_or(0)
-        + MARGIN_US;
-    let lines = |of: fn(&Record, i64) -> Line| -> Vec<Line> {
-        series.iter().map(|(_, record)| of(record, to_us)).collect()
+        .unwrap_or(0);
+    let lines = |of: fn(&Record) -> Line| -> Vec<Line> {
+        series.iter().map(|(_, record)| of(record)).collect()
     };
     vec![
         Chart {
@@ -69,21 +68,15 @@ pub fn all(series: &[(String, &Record)]) -> Vec<Chart> {
     ]
 }
 
-fn end_us(record: &Record) -> i64 {
-    let recovered = record.figures.recovered_ms.unwrap_or(0.0) + record.figures.total_ms
-        - record.figures.after_pause_ms;
-    record.complete_us.max((recovered * 1000.0) as i64)
-}
-
-fn speed(record: &Record, to_us: i64) -> Line {
+fn speed(record: &Record) -> Line {
     let per_bin = record.figures.speed_before_hz * BIN_US as f64 / 1e6;
     let signs = record.signs.iter().map(|sign| (sign.at_us, 1.0));
-    binned(signs, to_us, 100.0 / per_bin.max(1e-9))
+    binned(signs, record.end_us, 100.0 / per_bin.max(1e-9))
 }
 
-fn rate(record: &Record, to_us: i64) -> Line {
+fn rate(record: &Record) -> Line {
     let bytes = record.bytes.iter().map(|(at, bytes)| (*at, *bytes as f64));
-    binned(bytes, to_us, 8.0 / BIN_US as f64)
+    binned(bytes, record.end_us, 8.0 / BIN_US as f64)
 }
 
 /// Sums by [`BIN_US`], times `factor`.
@@ -106,7 +99,7 @@ fn binned(events: impl Iterator<Item = (i64, f64)>, to_us: i64, factor: f64) -> 
     }
 }
 
-fn faults(record: &Record, to_us: i64) -> Line {
+fn faults(record: &Record) -> Line {
     let seen = record.faults.iter().filter(|(at, _)| *at >= 0);
     let mut points = vec![(0.0, 0.0)];
     points.extend(seen.map(|(at, count)| (*at as f64 / 1e6, *count as f64)));
@@ -114,7 +107,7 @@ fn faults(record: &Record, to_us: i64) -> Line {
         record.complete_us as f64 / 1e6,
         record.figures.faults as f64,
     ));
-    points.push((to_us as f64 / 1e6, record.figures.faults as f64));
+    points.push((record.end_us as f64 / 1e6, record.figures.faults as f64));
     points.sort_by(|a, b| a.0.total_cmp(&b.0));
     Line {
         points,

@@ -82,6 +82,8 @@ pub struct Record {
     pub signs: Vec<Sign>,
     /// When all was there, in microseconds from the order.
     pub complete_us: i64,
+    /// Until when the guest was watched, likewise.
+    pub end_us: i64,
     /// Bytes that arrived from the source by microseconds from the order, in bins of [`super::traffic::BIN_MS`].
     pub bytes: Vec<(i64, u64)>,
     /// Pages waited for by microseconds from the order.
@@ -251,6 +253,7 @@ impl<'a> Trial<'a> {
         Ok(Record {
             figures,
             complete_us,
+            end_us,
             bytes: (0..)
                 .zip(bins)
                 .map(|(bin, bytes)| {
