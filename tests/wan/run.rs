@@ -1,10 +1,21 @@
 //! Whole runs. No time is looked at: that is for a machine that does nothing else.
 
 use std::fs;
+use std::path::Path;
 
 use serde_json::Value;
 
-use crate::common::{Home, can_move, is_root, lazyvm};
+use crate::common::{Home, can_move, is_root, lazyvm, skip};
+
+/// Whether there is a kernel for the guest; `.ci/set-up test` fetches it, with the programs that it needs.
+fn has_kernel(test: &str) -> bool {
+    let target = Path::new(env!("CARGO_BIN_EXE_lazyvm")).ancestors().nth(2);
+    let there = target.is_some_and(|target| target.join("guest-kernel/vmlinuz").is_file());
+    if !there {
+        skip(test, "no kernel for the guest; .ci/set-up test fetches it");
+    }
+    there
+}
 
 /// Runs `bench wan` with these flags and gives its JSON.
 fn bench(home: &Home, flags: &str) -> Value {
@@ -66,7 +77,7 @@ fn a_payload_over_a_path_with_a_blackout() {
 #[test]
 fn a_linux_guest_beside_qemus_own_migration() {
     let test = "a_linux_guest_beside_qemus_own_migration";
-    if !is_root(test) {
+    if !is_root(test) || !has_kernel(test) {
         return;
     }
     let home = Home::new();

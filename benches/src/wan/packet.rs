@@ -264,6 +264,25 @@ mod tests {
     }
 
     #[test]
+    fn a_part_of_many_datagrams_has_their_length() {
+        let mut bytes = vec![0; VNET_HEADER_BYTES + 28 + 2500];
+        bytes[0] = 1;
+        bytes[1] = GSO_UDP_L4;
+        bytes[4..6].copy_from_slice(&1000_u16.to_ne_bytes());
+        bytes[VNET_HEADER_BYTES] = 0x45;
+        bytes[VNET_HEADER_BYTES + 9] = IP_UDP;
+        let packet = Packet::new(&bytes).unwrap();
+        assert_eq!(packet.segments().collect::<Vec<_>>(), [1028, 1028, 528]);
+        for (first, count, payload) in [(0, 1, 1000), (0, 2, 2000), (1, 2, 1500), (2, 1, 500)] {
+            let part = packet.part(first, count);
+            let ip = &part.bytes()[VNET_HEADER_BYTES..];
+            assert_eq!(ip.len(), 28 + payload);
+            assert_eq!(usize::from(get_u16(ip, 24)), 8 + payload, "{first} {count}");
+            assert_eq!(part.count(), count);
+        }
+    }
+
+    #[test]
     fn nonsense_stands_for_itself() {
         for length in VNET_HEADER_BYTES + 1..VNET_HEADER_BYTES + 80 {
             for kind in 0..=255 {

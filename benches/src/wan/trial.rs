@@ -13,7 +13,7 @@ use super::emulator::Emulator;
 use super::figures::{BASELINE, Figures, Life, STEADY, Sign};
 use super::guest::{self, Guest, Images};
 use super::process::{Process, pause, wait_for};
-use super::traffic::Traffic;
+use super::traffic::{BIN_MS, Traffic};
 use super::{Setup, WanError};
 
 /// Where guests' memory is: shared memory, as a QEMU to be served has it.
@@ -226,13 +226,40 @@ impl<'a> Trial<'a> {
             seconds: RECOVERY_WITHIN.as_secs(),
             log: self.console.others(),
         })?;
+        let zero_us = order.us(self.emulator.started_at);
+        let bins = (0..).zip(self.emulator.traffic().bins);
+        Ok(Record {
+            figures: self.figures(order, told, &life, &until_complete, &signs),
+            complete_us: order.us(told.complete_at),
+            end_us,
+            bytes: bins
+                .map(|(bin, bytes)| (zero_us + bin * BIN_MS as i64 * 1000, bytes[0]))
+                .collect(),
+            faults: told
+                .faults_over_time
+                .iter()
+                .map(|(at, count)| (order.us(*at), *count))
+                .collect(),
+            signs,
+        })
+    }
+
+    fn figures(
+        &self,
+        order: &Order,
+        told: &Told,
+        life: &Life,
+        until_complete: &Traffic,
+        signs: &[Sign],
+    ) -> Figures {
         let complete_us = order.us(told.complete_at);
-        let path = until_complete.totals.since(order.before.totals);
         let after_pause_us = complete_us - life.left_at_us;
+        let path = until_complete.totals.since(order.before.totals);
         let carried = self.setup.path.rate_bit_s as f64 / 8.0 * after_pause_us as f64 / 1e6;
         let cpu_us = until_complete.relay_cpu_us - order.before.relay_cpu_us;
+        let end_us = signs.last().map_or(0, |sign| sign.at_us);
         let last_second = signs.iter().filter(|sign| sign.at_us > end_us - 1_000_000);
-        let figures = Figures {
+        Figures {
             freeze_ms: ms(life.freeze_us),
             recovered_ms: life.recovered_us.map(ms),
             total_ms: ms(complete_us),
@@ -247,29 +274,7 @@ impl<'a> Trial<'a> {
             ticks_out_of_order: life.out_of_order,
             path,
             emulator_cpu_share: cpu_us as f64 / complete_us.max(1) as f64,
-        };
-        let zero_us = order.us(self.emulator.started_at);
-        let bins = self.emulator.traffic().bins;
-        Ok(Record {
-            figures,
-            complete_us,
-            end_us,
-            bytes: (0..)
-                .zip(bins)
-                .map(|(bin, bytes)| {
-                    (
-                        zero_us + bin * super::traffic::BIN_MS as i64 * 1000,
-                        bytes[0],
-                    )
-                })
-                .collect(),
-            faults: told
-                .faults_over_time
-                .iter()
-                .map(|(at, count)| (order.us(*at), *count))
-                .collect(),
-            signs,
-        })
+        }
     }
 
     fn signs(&self, order: &Order) -> Vec<Sign> {
