@@ -38,6 +38,8 @@ pub struct Life {
     pub recovered_us: Option<i64>,
     /// Signs a second in the time before the order.
     pub speed_before_hz: f64,
+    /// Signs in the last second that was watched.
+    pub speed_after_hz: f64,
     /// Signs that are missing or came twice.
     pub out_of_order: u64,
 }
@@ -72,6 +74,10 @@ impl Life {
             freeze_us,
             recovered_us,
             speed_before_hz,
+            speed_after_hz: signs
+                .iter()
+                .filter(|s| s.at_us > end_us - 1_000_000)
+                .count() as f64,
             out_of_order: signs
                 .windows(2)
                 .filter(|pair| pair[1].number != pair[0].number.wrapping_add(1))
@@ -192,6 +198,7 @@ mod tests {
         let life = Life::of(&signs(0, burst.clone()), 5_000_000).unwrap();
         assert_eq!(life.recovered_us, None);
         assert_eq!(life.freeze_us, 3_905_000, "silence at the end counts");
+        assert!(life.speed_after_hz < 0.5);
         let life = Life::of(&signs(0, (1000..1300).step_by(10)), 1_300_000).unwrap();
         assert_eq!(life.recovered_us, None);
     }

@@ -229,7 +229,7 @@ impl<'a> Trial<'a> {
         let zero_us = order.us(self.emulator.started_at);
         let bins = (0..).zip(self.emulator.traffic().bins);
         Ok(Record {
-            figures: self.figures(order, told, &life, &until_complete, &signs),
+            figures: self.figures(order, told, &life, &until_complete),
             complete_us: order.us(told.complete_at),
             end_us,
             bytes: bins
@@ -250,15 +250,12 @@ impl<'a> Trial<'a> {
         told: &Told,
         life: &Life,
         until_complete: &Traffic,
-        signs: &[Sign],
     ) -> Figures {
         let complete_us = order.us(told.complete_at);
         let after_pause_us = complete_us - life.left_at_us;
         let path = until_complete.totals.since(order.before.totals);
         let carried = self.setup.path.rate_bit_s as f64 / 8.0 * after_pause_us as f64 / 1e6;
         let cpu_us = until_complete.relay_cpu_us - order.before.relay_cpu_us;
-        let end_us = signs.last().map_or(0, |sign| sign.at_us);
-        let last_second = signs.iter().filter(|sign| sign.at_us > end_us - 1_000_000);
         Figures {
             freeze_ms: ms(life.freeze_us),
             recovered_ms: life.recovered_us.map(ms),
@@ -270,7 +267,7 @@ impl<'a> Trial<'a> {
             fault_us: told.fault_us.clone(),
             path_share: (carried > 0.0).then(|| path.bytes_from_source as f64 / carried),
             speed_before_hz: life.speed_before_hz,
-            speed_after_hz: last_second.count() as f64,
+            speed_after_hz: life.speed_after_hz,
             ticks_out_of_order: life.out_of_order,
             path,
             emulator_cpu_share: cpu_us as f64 / complete_us.max(1) as f64,
