@@ -14,7 +14,7 @@ LAZYVM := $(CARGO_TARGET_DIR)/release/lazyvm
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: ## The program, optimized: target/release/lazyvm
@@ -53,4 +53,13 @@ bench: build ## The micro-benchmarks, and the runs behind docs/benchmarks.md
 	for content in random zero mixed; do
 		echo "lazyvm bench push --content $$content"
 		$(LAZYVM) bench push --content $$content --json -
+	done
+
+.PHONY: bench-wan
+bench-wan: build ## A Linux guest over an emulated long path, beside QEMU's own post-copy; as root
+	@.ci/set-up test
+	for memory in 512M 2G; do
+		echo "lazyvm bench wan --memory $$memory"
+		$(LAZYVM) bench wan --guest qemu --compare qemu --memory $$memory --runs 3 \
+			--json $(CARGO_TARGET_DIR)/wan-$$memory.json --html $(CARGO_TARGET_DIR)/wan-$$memory.html
 	done

@@ -1,5 +1,7 @@
 //! `lazyvm bench`.
 
+mod wan;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,9 +14,9 @@ use lazyvm_benches::push::PushConfig;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::exit::{Exit, Problem};
-use crate::serve::Mode;
+use crate::exit::Exit;
 use crate::{files, units};
+use wan::WanArgs;
 
 /// Which benchmark.
 #[derive(Args)]
@@ -29,8 +31,8 @@ enum Bench {
     Fault(FaultArgs),
     /// How fast pages move from the source's memory to their place, against bare QUIC
     Push(PushArgs),
-    /// How long a guest freezes in a move over a long path (not in this release)
-    Wan(WanArgs),
+    /// How long a guest freezes in a move over a long path, by its own signs of life
+    Wan(Box<WanArgs>),
     /// The source's process of a run, which a run starts by itself
     #[command(hide = true)]
     Source,
@@ -95,35 +97,6 @@ pub struct PushArgs {
     pub output: OutputArgs,
 }
 
-/// Flags of `bench wan`.
-#[derive(Args)]
-pub struct WanArgs {
-    /// How the VM is moved
-    #[arg(long, default_value = "postcopy")]
-    pub mode: Mode,
-    /// Round-trip time
-    #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = units::duration)]
-    pub rtt: Duration,
-    /// Rate of the path
-    #[arg(long, value_name = "RATE", default_value = "1gbit", value_parser = units::rate)]
-    pub rate: u64,
-    /// Share of the packets that are lost
-    #[arg(long, value_name = "SHARE", default_value = "0%", value_parser = units::share)]
-    pub loss: f64,
-    /// The guest's memory
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = units::size)]
-    pub memory: u64,
-    /// What is moved
-    #[arg(long, default_value = "payload")]
-    pub guest: Guest,
-    /// Whose own migration it is compared with
-    #[arg(long, default_value = "none")]
-    pub compare: Peer,
-    /// Where the figures go
-    #[command(flatten)]
-    pub output: OutputArgs,
-}
-
 /// Yes or no.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnOff {
@@ -144,30 +117,12 @@ pub enum Content {
     Mixed,
 }
 
-/// What is moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Guest {
-    /// The bundled payload in the built-in monitor
-    Payload,
-    /// A Linux guest in QEMU
-    Qemu,
-}
-
-/// Whose own migration is compared with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Peer {
-    /// Nobody's
-    None,
-    /// QEMU's
-    Qemu,
-}
-
 /// Runs a benchmark.
 pub fn bench(args: &BenchArgs) -> anyhow::Result<Exit> {
     match &args.bench {
         Bench::Fault(args) => fault(args),
         Bench::Push(args) => push(args),
-        Bench::Wan(_) => Err(Problem::not_in_this_release("bench wan").into()),
+        Bench::Wan(args) => wan::wan(args),
         Bench::Source => {
             lazyvm_benches::source::run()?;
             Ok(Exit::Done)

@@ -13,6 +13,7 @@ pub mod link;
 pub mod push;
 pub mod source;
 mod sys;
+pub mod wan;
 
 pub use error::BenchError;
 pub use image::Content;

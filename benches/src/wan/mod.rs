@@ -1,0 +1,112 @@
+//! `lazyvm bench wan`: how long a guest freezes in a move over a long path, by its own signs of life.
+//!
+//! The rig is two network namespaces with an emulated wide-area path between them ([`emulator`], [`queue`]). A guest works
+//! at one end and writes a tick for each so much progress; the ticks are stamped when they are read ([`console`]). lazyvm
+//! moves it as a user would ([`lazyvm`]); QEMU's own post-copy moves another one of the same kind over the same path
+//! ([`peer`]). Figures come from the ticks alone ([`figures`]), so they mean the same for both.
+
+mod chart;
+pub mod console;
+pub mod emulator;
+mod error;
+pub mod figures;
+pub mod guest;
+mod lazyvm;
+mod namespace;
+mod packet;
+mod page;
+mod peer;
+mod process;
+pub mod queue;
+mod report;
+mod sys;
+pub mod traffic;
+mod trial;
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+pub use error::WanError;
+pub use report::Outcome;
+
+use guest::{Guest, Images, Workload};
+use peer::Variant;
+use queue::PathConfig;
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The program that moves.
+    pub lazyvm: PathBuf,
+    /// The path.
+    pub path: PathConfig,
+    /// Nothing goes through, this long after the order to move and for this long.
+    pub blackout: Option<(Duration, Duration)>,
+    /// What is moved.
+    pub guest: Guest,
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// What it does.
+    pub workload: Workload,
+    /// Its kernel; `None` is the one that the build has fetched.
+    pub kernel: Option<PathBuf>,
+    /// Whether QEMU's own post-copy is measured too.
+    pub compare_qemu: bool,
+    /// How often; medians count.
+    pub runs: u32,
+    /// The longest that a move may take.
+    pub within: Duration,
+    /// More flags for `lazyvm serve`.
+    pub serve_flags: Vec<String>,
+    /// More flags for `lazyvm resume`.
+    pub resume_flags: Vec<String>,
+}
+
+/// Runs it all. From now on SIGINT and SIGTERM end the run in good order.
+///
+/// # Errors
+/// [`WanError`].
+pub fn run(setup: &Setup, mut progress: impl FnMut(&str)) -> Result<Outcome, WanError> {
+    refuse(setup)?;
+    sys::hear_signals()?;
+    let folder = tempfile::tempdir()?;
+    let images = match setup.guest {
+        Guest::Payload => None,
+        Guest::Qemu => Some(Images::make(folder.path(), setup.kernel.as_deref())?),
+    };
+    let mut outcome = Outcome::new(setup.clone());
+    for number in 1..=setup.runs {
+        let mut say = |what: &str| progress(&format!("run {number} of {}: {what}", setup.runs));
+        say("lazyvm");
+        outcome.add_own(lazyvm::run(setup, images.as_ref())?);
+        let Some(images) = images.as_ref().filter(|_| setup.compare_qemu) else {
+            continue;
+        };
+        for variant in Variant::ALL {
+            say(&format!("QEMU's own, {}", variant.name()));
+            let (record, version) = peer::run(setup, images, variant)?;
+            outcome.add_peer(variant, record, version);
+        }
+    }
+    Ok(outcome)
+}
+
+fn refuse(setup: &Setup) -> Result<(), WanError> {
+    if setup.compare_qemu && setup.guest == Guest::Payload {
+        let text = "QEMU can't move the bundled payload; compare with --guest qemu";
+        return Err(WanError::Asked(text.to_owned()));
+    }
+    if setup.runs == 0 {
+        return Err(WanError::Asked("at least one run".to_owned()));
+    }
+    match setup.workload.refusal(setup.memory_bytes) {
+        Some(text) => Err(WanError::Asked(text)),
+        None => Ok(()),
+    }
+}
+
+/// A lock that a panic elsewhere does not take away: what is behind it is counts and lists.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

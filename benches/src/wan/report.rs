@@ -1,0 +1,234 @@
+//! What all runs gave, as JSON and as a table.
+
+use serde_json::{Value, json};
+
+use super::Setup;
+use super::figures::median;
+use super::peer::Variant;
+use super::trial::Record;
+use super::{chart, page};
+
+/// All moves of a run.
+pub struct Outcome {
+    setup: Setup,
+    own: Vec<Record>,
+    peers: Vec<(Variant, Vec<Record>)>,
+    peer_version: String,
+}
+
+/// A row of the table: its name, and where its figure is.
+struct Row {
+    name: &'static str,
+    path: &'static [&'static str],
+    /// Divides the figure.
+    unit: f64,
+    decimals: usize,
+}
+
+const fn row(name: &'static str, path: &'static [&'static str], unit: f64, decimals: usize) -> Row {
+    Row {
+        name,
+        path,
+        unit,
+        decimals,
+    }
+}
+
+const ROWS: [Row; 17] = [
+    row("freeze, ms", &["freeze_ms"], 1.0, 0),
+    row("back to 80% of its speed, ms", &["recovered_ms"], 1.0, 0),
+    row("total, ms", &["total_ms"], 1.0, 0),
+    row("from pause to complete, ms", &["after_pause_ms"], 1.0, 0),
+    row("downtime as told, ms", &["downtime_us"], 1e3, 1),
+    row("bytes on the wire, MB", &["bytes_wire"], 1e6, 1),
+    row("share of the path's rate, %", &["path_share"], 0.01, 1),
+    row("faults", &["faults"], 1.0, 0),
+    row("fault p50, ms", &["fault_us", "p50"], 1e3, 1),
+    row("fault p90, ms", &["fault_us", "p90"], 1e3, 1),
+    row("fault p99, ms", &["fault_us", "p99"], 1e3, 1),
+    row("fault max, ms", &["fault_us", "max"], 1e3, 1),
+    row("ticks a second before", &["speed_before_hz"], 1.0, 1),
+    row("ticks a second after", &["speed_after_hz"], 1.0, 1),
+    row("packets lost by chance", &["path", "lost"], 1.0, 0),
+    row(
+        "packets dropped by the queue",
+        &["path", "queue_full"],
+        1.0,
+        0,
+    ),
+    row(
+        "the emulator's share of a CPU, %",
+        &["emulator_cpu_share"],
+        0.01,
+        1,
+    ),
+];
+
+impl Outcome {
+    pub(super) fn new(setup: Setup) -> Self {
+        Self {
+            setup,
+            own: Vec::new(),
+            peers: Vec::new(),
+            peer_version: String::new(),
+        }
+    }
+
+    pub(super) fn add_own(&mut self, record: Record) {
+        self.own.push(record);
+    }
+
+    pub(super) fn add_peer(&mut self, variant: Variant, record: Record, version: String) {
+        self.peer_version = version;
+        match self.peers.iter_mut().find(|(known, _)| *known == variant) {
+            Some((_, records)) => records.push(record),
+            None => self.peers.push((variant, vec![record])),
+        }
+    }
+
+    /// Everything, as one object: lazyvm's medians at the top, those of QEMU's better way under `peer`.
+    pub fn json(&self) -> Value {
+        let path = &self.setup.path;
+        let workload = &self.setup.workload;
+        let mut out = json!({
+            "mode": "postcopy",
+            "guest": self.setup.guest,
+            "memory_bytes": self.setup.memory_bytes,
+            "fill_bytes": workload.fill_bytes,
+            "hot_bytes": workload.hot_bytes,
+            "cold_per_million": workload.cold_per_million,
+            "rtt_ms": path.rtt.as_secs_f64() * 1e3,
+            "rate_bit_s": path.rate_bit_s,
+            "queue_ms": path.queue.as_secs_f64() * 1e3,
+            "loss": path.loss,
+            "jitter_ms": path.jitter.as_secs_f64() * 1e3,
+            "reorder": path.reorder,
+            "seed": path.seed,
+            "blackout_at_ms": self.setup.blackout.map(|(at, _)| at.as_secs_f64() * 1e3),
+            "blackout_for_ms": self.setup.blackout.map(|(_, time)| time.as_secs_f64() * 1e3),
+            "runs": self.own.len(),
+        });
+        merge(&mut out, medians(&self.own));
+        out["single_runs"] = singles(&self.own);
+        out["peer"] = Value::Null;
+        let mut peers = serde_json::Map::new();
+        for (variant, records) in &self.peers {
+            let mut of = medians(records);
+            of["single_runs"] = singles(records);
+            peers.insert(variant.name().to_owned(), of);
+        }
+        if let Some((variant, records)) = self.better_peer() {
+            let mut peer = json!({
+                "name": "qemu",
+                "version": self.peer_version,
+                "variant": variant.name(),
+            });
+            let of = medians(records);
+            let own = out["freeze_ms"].as_f64();
+            out["freeze_ratio"] = json!(of["freeze_ms"].as_f64().zip(own).map(|(a, b)| a / b));
+            merge(&mut peer, of);
+            out["peer"] = peer;
+        }
+        out["peers"] = peers.into();
+        out
+    }
+
+    /// The one that froze the guest for a shorter time.
+    fn better_peer(&self) -> Option<&(Variant, Vec<Record>)> {
+        let freeze = |records: &[Record]| medians(records)["freeze_ms"].as_f64();
+        self.peers.iter().min_by(|(_, a), (_, b)| {
+            let (a, b) = (freeze(a), freeze(b));
+            a.unwrap_or(f64::MAX).total_cmp(&b.unwrap_or(f64::MAX))
+        })
+    }
+
+    /// Names and medians of all that were measured.
+    fn columns(&self) -> Vec<(String, Value)> {
+        let own = ("lazyvm".to_owned(), medians(&self.own));
+        let peers = self
+            .peers
+            .iter()
+            .map(|(variant, records)| (format!("QEMU {}", variant.name()), medians(records)));
+        [own].into_iter().chain(peers).collect()
+    }
+
+    /// The medians side by side: the first row names the columns.
+    pub fn rows(&self) -> Vec<Vec<String>> {
+        let columns = self.columns();
+        let head = [String::new()]
+            .into_iter()
+            .chain(columns.iter().map(|(name, _)| name.clone()))
+            .collect();
+        let body = ROWS.iter().map(|row| {
+            let figures = columns.iter().map(|(_, figures)| row.text(figures));
+            [row.name.to_owned()].into_iter().chain(figures).collect()
+        });
+        [head].into_iter().chain(body).collect()
+    }
+
+    /// The medians as a table for a terminal.
+    pub fn table(&self) -> String {
+        let mut out = String::new();
+        for row in self.rows() {
+            let mut cells = row.iter();
+            out += &format!("{:34}", cells.next().map_or("", String::as_str));
+            for cell in cells {
+                out += &format!("{cell:>24}");
+            }
+            out.truncate(out.trim_end().len());
+            out.push('\n');
+        }
+        out
+    }
+
+    /// A page for a browser, which needs nothing else.
+    pub fn page(&self) -> String {
+        let mut series = Vec::new();
+        series.extend(typical(&self.own).map(|record| ("lazyvm".to_owned(), record)));
+        for (variant, records) in &self.peers {
+            let name = format!("QEMU {}", variant.name());
+            series.extend(typical(records).map(|record| (name, record)));
+        }
+        let charts = chart::all(&series);
+        page::page(&self.setup, &self.rows(), &charts, &self.json())
+    }
+}
+
+impl Row {
+    fn text(&self, figures: &Value) -> String {
+        let value = self.path.iter().fold(figures, |value, key| &value[*key]);
+        match value.as_f64() {
+            Some(number) => format!("{:.*}", self.decimals, number / self.unit),
+            None => "-".to_owned(),
+        }
+    }
+}
+
+/// The record whose freeze is the median.
+fn typical(records: &[Record]) -> Option<&Record> {
+    let mut sorted: Vec<&Record> = records.iter().collect();
+    sorted.sort_by(|a, b| a.figures.freeze_ms.total_cmp(&b.figures.freeze_ms));
+    sorted.get(sorted.len() / 2).copied()
+}
+
+fn figures(records: &[Record]) -> Vec<Value> {
+    // Plain numbers and text, which always serialize.
+    records
+        .iter()
+        .filter_map(|record| serde_json::to_value(&record.figures).ok())
+        .collect()
+}
+
+fn medians(records: &[Record]) -> Value {
+    median(&figures(records))
+}
+
+fn singles(records: &[Record]) -> Value {
+    Value::Array(figures(records))
+}
+
+fn merge(into: &mut Value, from: Value) {
+    if let (Value::Object(into), Value::Object(from)) = (into, from) {
+        into.extend(from);
+    }
+}
