@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use lazyvm_server::port::SourceMachine;
-use lazyvm_server::{EndReason, Phase, Server, SessionConfig, SessionHandle, SessionRecord};
+use lazyvm_server::{EndReason, Phase, Rival, Server, SessionConfig, SessionHandle, SessionRecord};
 use lazyvm_vmm_glue::firecracker::api::Api;
 use lazyvm_vmm_glue::firecracker::source::FirecrackerMachine;
 use lazyvm_vmm_glue::kvm::RemoteMachine;
@@ -64,6 +64,12 @@ pub struct ServeArgs {
     /// Limit of the background push; pages that the VM waits for are not limited
     #[arg(long, value_name = "RATE", value_parser = units::rate)]
     max_bandwidth: Option<u64>,
+    /// Give way to other traffic on the path [default: take a fair share of it]
+    #[arg(long = "yield")]
+    yields: bool,
+    /// How long the VM is watched before it is paused, while what it uses goes ahead; 0s pauses it at once
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::duration)]
+    warm_up: Duration,
     /// A disk to move along (not in this release); may be repeated
     #[arg(long, value_name = "NAME=FILE")]
     disk: Vec<String>,
@@ -139,6 +145,15 @@ impl ServeArgs {
         Ok(Arc::new(machine))
     }
 
+    /// What the push does when others fill the path.
+    fn rival(&self) -> Rival {
+        if self.yields {
+            Rival::Yield
+        } else {
+            Rival::Share
+        }
+    }
+
     /// Limit of the push in bytes a second. One below a byte a second is a byte a second.
     fn bytes_a_second(&self) -> Option<u64> {
         self.max_bandwidth
@@ -163,10 +178,11 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
         .map(|dir| SessionRecord::create(dir, Arc::clone(&identity)))
         .transpose()
         .context("can't record the session")?;
-    let server = Server::bind(args.listen, &identity)?;
+    let server = Server::bind_as(args.listen, &identity, args.rival())?;
     let session = server.add_session(SessionConfig {
         ticket_lifetime,
         max_bandwidth: args.bytes_a_second(),
+        warm_up: args.warm_up,
         record,
         ..SessionConfig::new(machine)
     })?;

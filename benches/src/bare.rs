@@ -99,7 +99,7 @@ pub(crate) struct Server {
 
 impl Server {
     pub fn start(identity: &Identity, flavour: Flavour, lane: Lane) -> Result<Self, BenchError> {
-        let configs = lazyvm_quic::server_configs(identity)?;
+        let configs = lazyvm_quic::server_configs(identity, lazyvm_quic::Rival::Share)?;
         let mut config = match lane {
             Lane::Fault => configs.fault,
             Lane::Bulk => configs.bulk,

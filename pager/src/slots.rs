@@ -98,13 +98,21 @@ impl SlotMap {
     pub(crate) fn change_all(&self, slots: Range<u64>, change: impl Fn(u8) -> u8) -> Delta {
         let mut rest = slots;
         let mut delta = 0;
+        let mut known = None;
         while !rest.is_empty() {
             let (number, part) = word_part(&rest);
             rest.start += part.len() as u64;
             let word = &self.words[number];
             let mut old = word.load(Ordering::Acquire);
             loop {
-                let new = change_part(old, part.clone(), &change);
+                let new = match known {
+                    // Most words of a long run are alike.
+                    Some((same, new)) if same == old && part.len() as u64 == SLOTS => new,
+                    _ => change_part(old, part.clone(), &change),
+                };
+                if part.len() as u64 == SLOTS {
+                    known = Some((old, new));
+                }
                 if new == old {
                     break;
                 }

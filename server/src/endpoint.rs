@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use dashmap::DashMap;
 use lazyvm_quic::{
-    ControlReceiver, ControlSender, LaneThread, SetupError, Urgency, close_code, control_stream,
+    ControlReceiver, ControlSender, LaneThread, Rival, SetupError, Urgency, close_code,
+    control_stream,
 };
 use lazyvm_wire::control::{HELLO_MAX, Hello, Lane, Rejection, ToDestination};
 use lazyvm_wire::trust::{Fingerprint, Identity};
@@ -104,12 +105,24 @@ pub struct SessionHandle {
 }
 
 impl Server {
-    /// Listens on `address`; port 0 takes a free one.
+    /// Listens on `address`; port 0 takes a free one. The push takes a fair share of the path.
     ///
     /// # Errors
     /// [`ServerError`].
     pub fn bind(address: SocketAddr, identity: &Identity) -> Result<Self, ServerError> {
-        let configs = lazyvm_quic::server_configs(identity)?;
+        Self::bind_as(address, identity, Rival::Share)
+    }
+
+    /// Like [`Self::bind`], with what the push does when others fill the path.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn bind_as(
+        address: SocketAddr,
+        identity: &Identity,
+        rival: Rival,
+    ) -> Result<Self, ServerError> {
+        let configs = lazyvm_quic::server_configs(identity, rival)?;
         let bind_error = |source| ServerError::Bind { address, source };
         let (fault_socket, bulk_socket) = lazyvm_quic::bind_lanes(address).map_err(bind_error)?;
         let shared = Arc::new(Shared {

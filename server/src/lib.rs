@@ -23,6 +23,7 @@ mod warm_up;
 pub use endpoint::{FleetHandle, SESSIONS_MAX, Server, ServerError, SessionHandle};
 pub use fleet::FleetConfig;
 pub use handover::{EndReason, Phase};
+pub use lazyvm_quic::Rival;
 pub use rate::RateLimit;
 pub use record::{RecordError, RecordFile, RecordedPhase, SessionRecord, read_record};
 pub use session::{SessionConfig, SessionStatus, WARM_UP};

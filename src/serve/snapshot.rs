@@ -56,7 +56,7 @@ pub fn serve(args: &ServeArgs, directory: &Path) -> anyhow::Result<Exit> {
     };
     let machine = SnapshotMachine::open(&files, options)?;
     let identity = Identity::generate()?;
-    let server = Server::bind(args.listen, &identity)?;
+    let server = Server::bind_as(args.listen, &identity, args.rival())?;
     let fleet = server.add_fleet(FleetConfig {
         machine: Arc::new(machine),
         ticket_lifetime: args.ticket_lifetime.unwrap_or(TICKET_LIFETIME),

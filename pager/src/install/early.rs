@@ -9,6 +9,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use bitvec::field::BitField;
 use bitvec::prelude::{BitSlice, BitVec, Lsb0};
 use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange};
 
@@ -82,7 +83,7 @@ impl Installer {
                 kept[bits].fill(true);
                 return Ok(());
             }
-            State::After(late) => late[bits].to_bitvec(),
+            State::After(late) => late.get(bits).map_or_else(Bits::new, BitSlice::to_bitvec),
             State::Empty => return Ok(()),
         };
         drop(state);
@@ -104,14 +105,13 @@ impl Installer {
     /// A page that somebody waits for could not be mapped; it is asked for like any other then.
     pub fn hold(&self, held: &BitSlice<u64, Lsb0>) -> Result<u64, InstallError> {
         let mut state = self.early.lock();
-        let mut here = match std::mem::take(&mut *state) {
+        let kept = match std::mem::take(&mut *state) {
             State::Before(kept) => kept,
+            // The machine stands still meanwhile, and most machines send nothing early.
+            _ if held.not_any() => Bits::new(),
             _ => Bits::repeat(false, self.table.pages() as usize),
         };
-        let mut late: Bits = held.to_bitvec();
-        late.resize(here.len(), false);
-        here &= &late;
-        late ^= &here;
+        let (here, late) = split(kept, held);
         *state = State::After(late);
         let _guard = self.guard.install();
         let mut result = Ok(());
@@ -208,6 +208,22 @@ impl Installer {
         }
         Ok(())
     }
+}
+
+/// Those of `held` that are in `kept`, and those that are not; both as long as `kept`. A word at a time: bits one by one
+/// take milliseconds for a large machine.
+fn split(kept: Bits, held: &BitSlice<u64, Lsb0>) -> (Bits, Bits) {
+    let (mut here, mut late) = (kept.clone(), kept);
+    let words = here
+        .as_raw_mut_slice()
+        .iter_mut()
+        .zip(late.as_raw_mut_slice());
+    for ((here, late), held) in words.zip(held.chunks(64)) {
+        let held: u64 = held.load_le();
+        *late = held & !*here;
+        *here &= held;
+    }
+    (here, late)
 }
 
 /// The runs of set bits.

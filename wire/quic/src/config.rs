@@ -56,11 +56,11 @@ pub struct ServerConfigs {
     pub bulk: ServerConfig,
 }
 
-/// The settings of a server with this identity.
+/// The settings of a server with this identity, whose push meets others' traffic as `rival` says.
 ///
 /// # Errors
 /// [`SetupError`].
-pub fn server_configs(identity: &Identity) -> Result<ServerConfigs, SetupError> {
+pub fn server_configs(identity: &Identity, rival: Rival) -> Result<ServerConfigs, SetupError> {
     let crypto = Arc::new(QuicServerConfig::try_from(identity.server_config()?)?);
     let config = |transport: TransportConfig| {
         let mut config = ServerConfig::with_crypto(crypto.clone());
@@ -70,11 +70,11 @@ pub fn server_configs(identity: &Identity) -> Result<ServerConfigs, SetupError> 
         config
     };
     // A peer may open its control stream and nothing else until it has shown a ticket.
-    let mut fault = transport(Lane::Fault);
+    let mut fault = transport(Lane::Fault, rival);
     fault
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
         .max_concurrent_uni_streams(0_u32.into());
-    let mut bulk = transport(Lane::Bulk);
+    let mut bulk = transport(Lane::Bulk, rival);
     bulk.max_concurrent_bidi_streams(VarInt::from_u32(1))
         .max_concurrent_uni_streams(0_u32.into());
     Ok(ServerConfigs {
@@ -93,7 +93,8 @@ pub fn client_config(
     lane: Lane,
 ) -> Result<ClientConfig, SetupError> {
     let crypto = QuicClientConfig::try_from(identity.client_config(server)?)?;
-    let mut transport = transport(lane);
+    // A destination sends little on either lane.
+    let mut transport = transport(lane, Rival::Share);
     let streams = match lane {
         Lane::Fault => 0,
         Lane::Bulk => BULK_STREAMS_MAX,
@@ -108,7 +109,7 @@ pub fn client_config(
     Ok(config)
 }
 
-fn transport(lane: Lane) -> TransportConfig {
+fn transport(lane: Lane, rival: Rival) -> TransportConfig {
     let mut transport = TransportConfig::default();
     let idle = VarInt::from_u32(IDLE_TIMEOUT.as_millis() as u32);
     transport.max_idle_timeout(Some(IdleTimeout::from(idle)));
@@ -126,7 +127,7 @@ fn transport(lane: Lane) -> TransportConfig {
             transport
                 .congestion_controller_factory(Arc::new(ShortQueue {
                     initial_window: BULK_INITIAL_WINDOW,
-                    rival: Rival::Share,
+                    rival,
                 }))
                 // Streams go one after the other: packets of many in turn would cost the destination a task switch each.
                 .send_fairness(false)
