@@ -193,3 +193,40 @@ fn install_part(core: &Core, rest: PageRange) -> Option<PageRange> {
     (unit.first == rest.first && count >= unit.count)
         .then_some(PageRange::new(PageIndex(rest.first.0), count))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Any payload gives an error or as many bytes as were asked for, and no panic.
+        #[test]
+        fn any_payload_is_taken_or_refused(
+            payload in proptest::collection::vec(any::<u8>(), 0..3000),
+            pages in 1..4_usize,
+            zstd in any::<bool>(),
+        ) {
+            let encoding = if zstd { Encoding::Zstd } else { Encoding::Lz4 };
+            let _ = unpack(encoding, &payload, &mut vec![0; pages * PAGE_SIZE]);
+        }
+
+        #[test]
+        fn what_was_compressed_comes_back_and_nothing_of_another_length(
+            pattern in proptest::collection::vec(any::<u8>(), 1..200),
+            pages in 1..4_usize,
+        ) {
+            let plain: Vec<u8> = pattern.iter().copied().cycle().take(pages * PAGE_SIZE).collect();
+            let lz4 = lz4_flex::block::compress(&plain);
+            let zstd = zstd::bulk::compress(&plain, 1)?;
+            for (encoding, packed) in [(Encoding::Lz4, lz4), (Encoding::Zstd, zstd)] {
+                let mut out = vec![0; plain.len()];
+                prop_assert!(unpack(encoding, &packed, &mut out).is_ok());
+                prop_assert_eq!(&out, &plain);
+                let mut more = vec![0; plain.len() + PAGE_SIZE];
+                prop_assert!(unpack(encoding, &packed, &mut more).is_err());
+            }
+        }
+    }
+}

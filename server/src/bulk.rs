@@ -11,6 +11,7 @@ use quinn::{Connection, ConnectionError, SendStream, WriteError};
 
 use crate::frames::{READ_PAGES_MAX, header};
 use crate::handover::Phase;
+use crate::packing::Packer;
 use crate::rate::RateLimit;
 use crate::scheduler::Urgency;
 use crate::session::{Session, lock};
@@ -53,6 +54,7 @@ pub(crate) async fn push(session: &Arc<Session>, connection: &Connection) -> Res
         rest: None,
         chunks: Vec::new(),
         reads: 0,
+        packer: Packer::default(),
     };
     loop {
         let woken = session.push_wake.notified();
@@ -82,6 +84,7 @@ struct Pusher<'a> {
     /// Frames that are to go.
     chunks: Vec<Bytes>,
     reads: u64,
+    packer: Packer,
 }
 
 impl Pusher<'_> {
@@ -102,7 +105,8 @@ impl Pusher<'_> {
             return Ok(false);
         };
         let frames = &self.session.frames;
-        let stats = frames.push_frames(batch.range, batch.whole, &mut self.chunks);
+        let stats =
+            frames.push_frames(batch.range, batch.whole, &mut self.packer, &mut self.chunks);
         match batch.urgency {
             Urgency::Window => self.send_window().await?,
             // A long row of zeros gathers into one packet.
@@ -115,10 +119,19 @@ impl Pusher<'_> {
             .fetch_add(batch.range.count, Ordering::Relaxed);
         self.reads += 1;
         if self.reads.is_multiple_of(READS_IN_A_ROW) {
+            self.look_at_path();
             // Reading and comparing zeros never waits, and must not keep the thread from what it sends.
             tokio::task::yield_now().await;
         }
         Ok(true)
+    }
+
+    /// What the path carries: a congestion window a round trip.
+    fn look_at_path(&mut self) {
+        let path = self.connection.stats().path;
+        let limit = self.session.config.max_bandwidth.unwrap_or(u64::MAX);
+        let carries = path.cwnd as f64 / path.rtt.as_secs_f64().max(1e-6);
+        self.packer.path_carries(carries.min(limit as f64));
     }
 
     /// A window goes on a stream of its own, ahead of what is waiting to be sent.

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use lazyvm_wire::frame::{FRAME_PAGES_MAX, FrameHeader, FrameKind};
 use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange, is_zero, page_digest, zero_digest};
 
+use crate::packing::Packer;
 use crate::port::SourceMemory;
 
 /// Most pages that are read at a time for the push: 128 KiB, which a core's cache still holds when they are encrypted.
@@ -41,7 +42,13 @@ impl FrameReader {
     }
 
     /// Appends the frames of `range`, of at most [`READ_PAGES_MAX`] pages, or a huge page `whole`, to `out`.
-    pub fn push_frames(&self, range: PageRange, whole: bool, out: &mut Vec<Bytes>) -> FrameStats {
+    pub fn push_frames(
+        &self,
+        range: PageRange,
+        whole: bool,
+        packer: &mut Packer,
+        out: &mut Vec<Bytes>,
+    ) -> FrameStats {
         let mut stats = FrameStats::default();
         let mut buffer = Pool::take(&self.pool, range.bytes() as usize);
         if let Err(error) = self.memory.read(range, &mut buffer.bytes) {
@@ -63,9 +70,16 @@ impl FrameReader {
                 out.push(header(run, FrameKind::Zero));
             } else {
                 stats.raw_pages += run.count;
-                out.push(header(run, FrameKind::Raw));
                 let start = ((run.first.0 - range.first.0) as usize) * PAGE_SIZE;
-                out.push(payload.slice(start..start + run.bytes() as usize));
+                let pages = payload.slice(start..start + run.bytes() as usize);
+                if let Some((encoding, packed)) = packer.pack(&pages) {
+                    let head = FrameHeader::packed(run, FrameKind::Raw, encoding, packed.len());
+                    out.push(Bytes::copy_from_slice(&head.encode()));
+                    out.push(packed.into());
+                } else {
+                    out.push(header(run, FrameKind::Raw));
+                    out.push(pages);
+                }
             }
             rest = PageRange::new(run.end(), rest.count - run.count);
         }
@@ -264,7 +278,12 @@ mod tests {
     fn zero_runs_are_left_out_of_the_payload() {
         let reader = FrameReader::new(Arc::new(Memory(&[0, 1, 4])));
         let mut out = Vec::new();
-        let stats = reader.push_frames(PageRange::new(PageIndex(0), 6), false, &mut out);
+        let stats = reader.push_frames(
+            PageRange::new(PageIndex(0), 6),
+            false,
+            &mut Packer::default(),
+            &mut out,
+        );
         assert_eq!((stats.raw_pages, stats.zero_pages), (3, 3));
         let frames = parse(&out);
         let shape: Vec<_> = frames
@@ -289,7 +308,12 @@ mod tests {
     fn a_page_that_cannot_be_read_is_said_so_and_never_made_up() {
         let reader = FrameReader::new(Arc::new(Memory(&[])));
         let mut out = Vec::new();
-        let stats = reader.push_frames(PageRange::new(PageIndex(12), 4), false, &mut out);
+        let stats = reader.push_frames(
+            PageRange::new(PageIndex(12), 4),
+            false,
+            &mut Packer::default(),
+            &mut out,
+        );
         assert_eq!(stats.unreadable_pages, 4);
         assert_eq!(parse(&out)[0].0.kind, FrameKind::Unreadable);
         let demand = reader.demand_frame(PageRange::one(PageIndex(13)));
@@ -300,7 +324,12 @@ mod tests {
     fn buffers_come_back_once_the_frames_are_gone() {
         let reader = FrameReader::new(Arc::new(Memory(&[])));
         let mut out = Vec::new();
-        reader.push_frames(PageRange::new(PageIndex(0), 8), false, &mut out);
+        reader.push_frames(
+            PageRange::new(PageIndex(0), 8),
+            false,
+            &mut Packer::default(),
+            &mut out,
+        );
         assert_eq!(reader.pool.lock().buffers.len(), 0);
         out.clear();
         assert_eq!(reader.pool.lock().buffers.len(), 1);
@@ -311,7 +340,12 @@ mod tests {
         let reader = FrameReader::new(Arc::new(Memory(&[])));
         let mut out = Vec::new();
         for _ in 0..3 {
-            reader.push_frames(PageRange::new(PageIndex(0), 8), false, &mut out);
+            reader.push_frames(
+                PageRange::new(PageIndex(0), 8),
+                false,
+                &mut Packer::default(),
+                &mut out,
+            );
             reader.digest_frames(PageRange::new(PageIndex(14), FRAME_PAGES_MAX), &mut out);
         }
         out.clear();

@@ -13,6 +13,7 @@ mod fault;
 mod fleet;
 mod frames;
 pub mod handover;
+mod packing;
 pub mod port;
 mod rate;
 mod record;
