@@ -23,14 +23,18 @@ impl Urgency {
     /// under a push three times longer, as measured. Without any permission a short time slice has to do: of two
     /// threads that want to run, the one whose slice would end first goes first (EEVDF).
     fn apply(self) {
-        const FAULT_SLICE_NS: u64 = 100_000;
-        const BULK_SLICE_NS: u64 = 20_000_000;
-        let fair = |nice, slice_ns| sys::schedule_this_thread(&Schedule::Fair { nice, slice_ns });
+        const SLICE_NS: u64 = 100_000;
+        let fair = |nice| {
+            sys::schedule_this_thread(&Schedule::Fair {
+                nice,
+                slice_ns: SLICE_NS,
+            })
+        };
         let result = match self {
             Self::Fault => sys::schedule_this_thread(&Schedule::RealTime)
-                .or_else(|_| fair(-15, FAULT_SLICE_NS))
-                .or_else(|_| fair(0, FAULT_SLICE_NS)),
-            Self::Bulk => fair(0, BULK_SLICE_NS),
+                .or_else(|_| fair(-15))
+                .or_else(|_| fair(0)),
+            Self::Bulk => Ok(()),
         };
         if let Err(error) = result {
             tracing::debug!(%error, "the thread keeps its priority");
