@@ -16,9 +16,10 @@ use crate::rate::RateLimit;
 use crate::scheduler::Urgency;
 use crate::session::{Session, lock};
 
-/// A stream is ended when it has taken as much. Short enough for a lost packet to hold back little, long enough for
-/// what a stream costs by itself to be lost in it.
-const STREAM_BYTES: usize = 8 << 20;
+/// A stream is ended when it has taken as much: half of what a stream may have under way, so that none ever waits for
+/// its own flow control, which would leave a long path empty. Short enough for a lost packet to hold back little, long
+/// enough for what a stream costs by itself to be lost in it.
+const STREAM_BYTES: usize = 4 << 20;
 
 /// Frames of zeros that are gathered before they go: about a packet's worth.
 const ZERO_FRAMES: usize = 48;

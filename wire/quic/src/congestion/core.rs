@@ -28,11 +28,14 @@ const GAIN: f64 = 0.5;
 /// Rounds that find the path wider before the window grows faster and faster: up to what the path has carried lately,
 /// and beyond.
 const HASTE_AFTER: u32 = 3;
-const HASTE_LATE: u32 = 10;
+const HASTE_LATE: u32 = 6;
 
 /// Queueing that ends the start: an eighth of the round trip within these bounds (HyStart++, RFC 9406, section 4.2).
 const START_DELAY_MIN: Duration = Duration::from_millis(2);
 const START_DELAY_MAX: Duration = Duration::from_millis(8);
+
+/// Packets of a round before its delay says something.
+const START_PACKETS: f64 = 16.0;
 
 /// How far the start goes beyond the path: a doubling, and what comes until the queue is seen.
 const START_OVERSHOOT: f64 = 2.5;
@@ -228,10 +231,13 @@ impl Core {
         self.round.acked += bytes as f64;
         self.round.idle |= app_limited;
         if matches!(self.phase, Phase::Start) {
-            if !app_limited {
+            let used = self.rate.get() * self.rtt.as_secs_f64();
+            if !app_limited && self.window < (4.0 * used).max(self.window_first) {
                 self.window += bytes as f64;
             }
-            if self.queueing() > self.start_delay() {
+            // Few packets far apart are acknowledged late; that is no queue.
+            let dense = !app_limited && self.round.acked > START_PACKETS * self.packet;
+            if dense && self.queueing() > self.start_delay() {
                 self.end_start(now);
             }
         }
@@ -301,6 +307,17 @@ impl Core {
         self.watch_noise();
         self.queues.insert(self.queueing().as_secs_f64());
         self.fit_to_buffer(loss);
+        tracing::trace!(
+            at_ms = now.as_millis() as u64,
+            window = self.window as u64,
+            mbit_s = (rate * 8e-6) as u64,
+            queue_us = self.queueing().as_micros() as u64,
+            base_us = self.base.get().unwrap_or_default().as_micros() as u64,
+            loss,
+            idle = round.idle,
+            phase = ?self.phase,
+            "round"
+        );
         match &self.phase {
             Phase::Start if loss > START_LOSS => self.end_start(now),
             Phase::Steady => self.steer(now, &round, rate, heavy),
