@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -78,7 +78,7 @@ pub fn run(setup: &Setup, images: Option<&Images>) -> Result<Record, WanError> {
     Ok(record)
 }
 
-fn serve(trial: &Trial<'_>, setup: &Setup, ticket: &PathBuf) -> Result<Process, WanError> {
+fn serve(trial: &Trial<'_>, setup: &Setup, ticket: &Path) -> Result<Process, WanError> {
     let mut command = Command::new(&setup.lazyvm);
     let kind = match setup.guest {
         Guest::Payload => "--vm",
@@ -102,8 +102,8 @@ fn serve(trial: &Trial<'_>, setup: &Setup, ticket: &PathBuf) -> Result<Process, 
 fn resume(
     trial: &Trial<'_>,
     setup: &Setup,
-    ticket: &PathBuf,
-    report: &PathBuf,
+    ticket: &Path,
+    report: &Path,
 ) -> Result<Process, WanError> {
     let mut command = Command::new(&setup.lazyvm);
     command
