@@ -467,7 +467,7 @@ pub(crate) fn now_s() -> u64 {
 /// A number that nobody outside of the session knows.
 fn seed(id: SessionId) -> u64 {
     id.0.iter()
-        .fold(0, |seed, &byte| (seed << 8 | seed >> 56) ^ u64::from(byte))
+        .fold(0, |seed, &byte| seed.rotate_left(8) ^ u64::from(byte))
 }
 
 /// A panic elsewhere leaves these values whole: each is changed in one step.

@@ -36,10 +36,19 @@ const NEVER_RESTARTED: [i64; 11] = [232, 281, 441, 65, 220, 128, 208, 333, 426, 
 /// A system call: its number, and its first three arguments.
 pub(super) type Call = [u64; 4];
 
+/// How many of some calls are to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Until {
+    /// Each is another way to the same: one after the other until one succeeds.
+    Success,
+    /// Each is a step: one after the other until one fails.
+    Failure,
+}
+
 /// What came of it.
 #[derive(Debug)]
 pub(super) struct Injected {
-    /// What the last of the calls gave.
+    /// What the last of the calls that were done gave.
     pub result: i64,
     /// From the request to stop until the thread was let go.
     pub stopped: Duration,
@@ -109,13 +118,14 @@ pub(super) fn can_be_interrupted(process: pid_t, thread: pid_t) -> bool {
         .is_none_or(|number: i64| !NEVER_RESTARTED.contains(&number))
 }
 
-/// Has `thread` do `calls` with the `syscall` instruction at `instruction`, one after the other until one succeeds.
+/// Has `thread` do `calls` with the `syscall` instruction at `instruction`.
 ///
 /// To be called on a thread that ends soon: with it, the kernel lets go of what it traced, whatever happened.
 pub(super) fn run(
     thread: pid_t,
     instruction: u64,
     calls: &[Call],
+    until: Until,
     options: c_int,
 ) -> Result<Injected, InjectError> {
     sys::seize(thread, options | sys::TRACE_SYSCALL_GOOD).map_err(|source| match source {
@@ -125,7 +135,7 @@ pub(super) fn run(
     let tracee = Tracee { thread };
     let start = Instant::now();
     let result = tracee.stop().and_then(|()| {
-        let result = tracee.with_registers_kept(instruction, calls);
+        let result = tracee.with_registers_kept(instruction, calls, until);
         tracee.leave()?;
         result
     });
@@ -228,7 +238,12 @@ impl Tracee {
         })
     }
 
-    fn with_registers_kept(&self, instruction: u64, calls: &[Call]) -> Result<i64, InjectError> {
+    fn with_registers_kept(
+        &self,
+        instruction: u64,
+        calls: &[Call],
+        until: Until,
+    ) -> Result<i64, InjectError> {
         let registers = self.check(sys::registers(self.thread))?;
         if registers.cs != CODE_SEGMENT_64 {
             return Err(InjectError::NotLong);
@@ -242,7 +257,8 @@ impl Tracee {
             changed.rip = instruction;
             changed.orig_rax = u64::MAX;
             result = self.call(&changed);
-            if !matches!(result, Ok(negative) if negative < 0) {
+            let failed = matches!(result, Ok(negative) if negative < 0);
+            if result.is_err() || failed == (until == Until::Failure) {
                 break;
             }
         }

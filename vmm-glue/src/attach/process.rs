@@ -14,7 +14,7 @@ use nix::fcntl::OFlag;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::inject::{self, InjectError};
+use super::inject::{self, Call, InjectError, Injected, Until};
 use super::maps::{Mapping, Mappings, MapsError};
 use super::sys;
 
@@ -90,6 +90,25 @@ pub enum AttachError {
     )]
     Forbidden {
         /// The process.
+        pid: i32,
+        /// The system's answer.
+        #[source]
+        source: Errno,
+    },
+    /// Memory that is not shared must stay mapped.
+    #[error(
+        "the memory at {start:#x} of process {pid} is not shared, and would lose what it holds"
+    )]
+    NotShared {
+        /// Whose.
+        pid: i32,
+        /// Where.
+        start: u64,
+    },
+    /// Its kernel refuses.
+    #[error("process {pid} can't drop its map of shared memory")]
+    Unmap {
+        /// Whose.
         pid: i32,
         /// The system's answer.
         #[source]
@@ -213,12 +232,50 @@ impl Process {
         removals: bool,
     ) -> Result<Attached, AttachError> {
         let pid = self.pid;
-        let instruction = self.find_instruction()?;
-        let options = if self.has_seccomp_filter() {
-            sys::SUSPEND_SECCOMP
-        } else {
-            0
-        };
+        let (_, fd, stopped) = self.open_userfaultfd()?;
+        let uffd =
+            sys::adopt(fd, memory, removals).map_err(|source| AttachError::Open { pid, source })?;
+        tracing::info!(pid, stopped_us = stopped.as_micros() as u64, "attached");
+        Ok(Attached { uffd, stopped })
+    }
+
+    /// Has it drop its page-table entries for these ranges (host address, bytes) of shared memory, whose contents stay in
+    /// their files; gives how long one of its threads was stopped. What it touches afterwards is mapped again.
+    ///
+    /// # Errors
+    /// [`AttachError::NotShared`] before anything is done: private memory would lose what it holds.
+    pub fn unmap_shared(&self, ranges: &[(u64, u64)]) -> Result<Duration, AttachError> {
+        let pid = self.pid;
+        let mappings = self.mappings()?;
+        for &(start, bytes) in ranges {
+            let shared = mappings
+                .piece(start, bytes)
+                .is_some_and(|(mapping, _)| mapping.shared && mapping.inode != 0);
+            if !shared {
+                return Err(AttachError::NotShared { pid, start });
+            }
+        }
+        let advice = libc::MADV_DONTNEED as u64;
+        let calls: Vec<Call> = ranges
+            .iter()
+            .map(|&(start, bytes)| [libc::SYS_madvise as u64, start, bytes, advice])
+            .collect();
+        if calls.is_empty() {
+            return Ok(Duration::ZERO);
+        }
+        let injected = self.inject(&calls, Until::Failure)?;
+        match i32::try_from(injected.result) {
+            Ok(negative) if negative < 0 => Err(AttachError::Unmap {
+                pid,
+                source: Errno::from_raw(-negative),
+            }),
+            _ => Ok(injected.stopped),
+        }
+    }
+
+    /// Has it open a userfaultfd: the number there, the descriptor here, and for how long a thread was stopped.
+    pub(super) fn open_userfaultfd(&self) -> Result<(i32, OwnedFd, Duration), AttachError> {
+        let pid = self.pid;
         // Without UFFD_USER_MODE_ONLY: faults of KVM and of system calls come from kernel mode.
         let flags = (OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).bits() as u64;
         let mut calls = Vec::new();
@@ -226,10 +283,30 @@ impl Process {
             calls.push([libc::SYS_ioctl as u64, device, USERFAULTFD_IOC_NEW, flags]);
         }
         calls.push([libc::SYS_userfaultfd as u64, flags, 0, 0]);
+        let injected = self.inject(&calls, Until::Success)?;
+        let theirs = i32::try_from(injected.result).unwrap_or(-libc::EBADF);
+        if theirs < 0 {
+            let source = Errno::from_raw(-theirs);
+            return Err(AttachError::Forbidden { pid, source });
+        }
+        let fd = sys::pidfd_getfd(self.pidfd.as_fd(), theirs)
+            .map_err(|source| AttachError::Fetch { pid, source })?;
+        Ok((theirs, fd, injected.stopped))
+    }
+
+    /// Has one of its threads do system calls.
+    pub(super) fn inject(&self, calls: &[Call], until: Until) -> Result<Injected, AttachError> {
+        let pid = self.pid;
+        let instruction = self.find_instruction()?;
+        let options = if self.has_seccomp_filter() {
+            sys::SUSPEND_SECCOMP
+        } else {
+            0
+        };
         let thread = self.find_thread()?;
         // What a thread traces is let go at the latest when that thread ends.
-        let injected = thread::scope(|scope| {
-            let run = || inject::run(thread, instruction, &calls, options);
+        thread::scope(|scope| {
+            let run = || inject::run(thread, instruction, calls, until, options);
             thread::Builder::new()
                 .name("attach".to_owned())
                 .spawn_scoped(scope, run)
@@ -240,24 +317,6 @@ impl Process {
         .map_err(|source| match source {
             InjectError::Refused { .. } if options != 0 => AttachError::Seccomp(pid),
             source => AttachError::Inject { pid, source },
-        })?;
-        let theirs = i32::try_from(injected.result).unwrap_or(-libc::EBADF);
-        if theirs < 0 {
-            let source = Errno::from_raw(-theirs);
-            return Err(AttachError::Forbidden { pid, source });
-        }
-        let fd = sys::pidfd_getfd(self.pidfd.as_fd(), theirs)
-            .map_err(|source| AttachError::Fetch { pid, source })?;
-        let uffd =
-            sys::adopt(fd, memory, removals).map_err(|source| AttachError::Open { pid, source })?;
-        tracing::info!(
-            pid,
-            stopped_us = injected.stopped.as_micros() as u64,
-            "attached"
-        );
-        Ok(Attached {
-            uffd,
-            stopped: injected.stopped,
         })
     }
 

@@ -18,8 +18,9 @@ use lazyvm_server::port::SourceMemory;
 use lazyvm_wire::{PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange};
 use nix::errno::Errno;
 
-use super::{marks, sys};
+use super::marks;
 use crate::attach::{Mapping, Mappings, MapsError};
+use crate::pagemap::scan_present;
 
 /// Where the second region begins in guest-physical memory is 4 GiB; where the first one ends by then: up to 1.12, and
 /// since (`MEM_32BIT_GAP_SIZE`, `MMIO32_MEM_SIZE` in `src/vmm/src/arch/x86_64/`).
@@ -166,7 +167,7 @@ impl FrozenMemory {
         let pagemap = &self.guest.pagemap;
         let end = region.host + region.bytes;
         if self.no_scan.get().is_none() {
-            match sys::scan_present(pagemap, region.host, end, each) {
+            match scan_present(pagemap, region.host, end, each) {
                 // Before Linux 6.7. Nothing has been told yet.
                 Err(Errno::ENOTTY | Errno::EINVAL) => drop(self.no_scan.set(())),
                 result => return Ok(result?),
@@ -447,7 +448,7 @@ mod tests {
         .unwrap();
         assert_eq!(read, [(3, 5), (9, 10), (63, 64)]);
         let mut scanned = Vec::new();
-        sys::scan_present(&pagemap, host, end, &mut |start, end| {
+        scan_present(&pagemap, host, end, &mut |start, end| {
             scanned.push(((start - host) >> PAGE_SHIFT, (end - host) >> PAGE_SHIFT));
         })
         .unwrap();

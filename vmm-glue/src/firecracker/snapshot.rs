@@ -6,7 +6,7 @@
 //! Nothing in the files says whether the memory file is all of the memory or a diff snapshot, which has only what
 //! changed since its base, and holes for the rest. Firecracker writes a full one with `write(2)` from end to end, pages
 //! that the guest never touched among them, so it has no holes; and what Firecracker itself put into the guest's memory
-//! before the start is in it ([`marks`](super::marks)). A file that has holes, or that lacks all of that, is refused
+//! before the start is in it (`marks.rs`). A file that has holes, or that lacks all of that, is refused
 //! unless the user says that it is whole.
 
 mod files;

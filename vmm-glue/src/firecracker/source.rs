@@ -2,7 +2,7 @@
 //!
 //! An unmodified Firecracker gives its state out with `PUT /snapshot/create` alone, which writes the memory to a file
 //! too, and only while the VM is paused. So it is held in the middle of that, when the state is written and the memory is
-//! not, and its memory is read from the process ([`frozen`](super::frozen), [`guest`](super::guest)): the pause does not
+//! not, and its memory is read from the process (`frozen.rs`, `guest.rs`): the pause does not
 //! grow with the memory.
 //!
 //! Where the process may not be looked into, or its memory is not found, Firecracker writes its memory, and the pause

@@ -2,9 +2,8 @@
 
 #![allow(unsafe_code)]
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use lazyvm_pager::uffd::Uffd;
 use nix::errno::Errno;
@@ -41,79 +40,4 @@ pub(super) fn pidfd_signal(pidfd: RawFd, signal: i32) -> Result<(), Errno> {
     // SAFETY: without a siginfo the system call touches no memory of ours.
     Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd, signal, no_info, 0) })
         .map(drop)
-}
-
-/// `struct page_region` of `linux/fs.h`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct PageRegion {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-/// `struct pm_scan_arg` of `linux/fs.h`.
-#[repr(C)]
-#[derive(Default)]
-struct ScanArguments {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-const _: () = assert!(size_of::<ScanArguments>() == 96 && size_of::<PageRegion>() == 24);
-
-/// `PAGE_IS_PRESENT` and `PAGE_IS_SWAPPED` of `linux/fs.h`.
-const PAGE_IS_THERE: u64 = 1 << 3 | 1 << 4;
-
-/// `PAGE_IS_PFNZERO`.
-const PAGE_IS_ZERO: u64 = 1 << 5;
-
-nix::ioctl_readwrite!(pagemap_scan, b'f', 16, ScanArguments);
-
-/// Calls `each` with every run of pages that are there and not the kernel's page of zeros, from `start` to `end` in the
-/// process whose `/proc/PID/pagemap` this is (`Documentation/admin-guide/mm/pagemap.rst`, from Linux 6.7 on).
-pub(super) fn scan_present(
-    pagemap: &File,
-    start: u64,
-    end: u64,
-    each: &mut dyn FnMut(u64, u64),
-) -> Result<(), Errno> {
-    let mut regions = [PageRegion::default(); 512];
-    let mut at = start;
-    while at < end {
-        let mut arguments = ScanArguments {
-            size: size_of::<ScanArguments>() as u64,
-            start: at,
-            end,
-            vec: regions.as_mut_ptr() as u64,
-            vec_len: regions.len() as u64,
-            category_inverted: PAGE_IS_ZERO,
-            category_mask: PAGE_IS_ZERO,
-            category_anyof_mask: PAGE_IS_THERE,
-            return_mask: PAGE_IS_THERE,
-            ..ScanArguments::default()
-        };
-        // SAFETY: `arguments` is a whole struct of this type whose `size` says so, and the kernel writes at most
-        // `vec_len` regions to `vec`, which is an array of so many that lives on until the call is over.
-        let found = unsafe { pagemap_scan(pagemap.as_raw_fd(), &raw mut arguments) }?;
-        let found = usize::try_from(found).map_err(|_| Errno::EIO)?;
-        for region in regions.get(..found).ok_or(Errno::EIO)? {
-            each(region.start, region.end);
-        }
-        if arguments.walk_end <= at {
-            return Err(Errno::EIO);
-        }
-        at = arguments.walk_end;
-    }
-    Ok(())
 }

@@ -10,6 +10,8 @@ mod memory;
 mod offer;
 mod qmp;
 mod ram;
+pub mod registers;
+mod scout;
 mod source;
 mod transfer;
 pub mod tree;

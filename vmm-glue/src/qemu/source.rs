@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use lazyvm_server::port::{MachineError, SourceMachine, SourceMemory};
+use lazyvm_server::port::{MachineError, Scout, SourceMachine, SourceMemory};
 use lazyvm_wire::{Layout, MachineOffer};
 use serde_json::{Value, json};
 
-use super::memory::{self, MemoryError};
+use super::memory::{self, MemoryError, RamRegion};
 use super::offer::Offer;
 use super::qmp::{Qmp, QmpError};
 use super::ram::SharedRam;
+use super::scout::QemuScout;
 use super::transfer::{self, Changed, TransferError};
 use crate::attach::{AttachError, Process};
 
@@ -77,16 +78,17 @@ pub enum SourceError {
 /// See the module. Dropping it leaves the VM as it is.
 #[derive(Debug)]
 pub struct Source {
-    process: Process,
+    process: Arc<Process>,
     layout: Layout,
     offer: MachineOffer,
+    regions: Arc<[RamRegion]>,
     memory: Arc<SharedRam>,
-    inner: Mutex<Inner>,
+    inner: Arc<Mutex<Inner>>,
 }
 
 #[derive(Debug)]
-struct Inner {
-    qmp: Qmp,
+pub(super) struct Inner {
+    pub qmp: Qmp,
     changed: Option<Changed>,
     /// What the state is to come through.
     socket: Option<UnixStream>,
@@ -123,15 +125,16 @@ impl Source {
             "found the VM"
         );
         Ok(Self {
-            process,
+            process: Arc::new(process),
             layout,
             offer: offer.encode(),
             memory: Arc::new(SharedRam::new(&regions)),
-            inner: Mutex::new(Inner {
+            regions: regions.into(),
+            inner: Arc::new(Mutex::new(Inner {
                 qmp,
                 changed: None,
                 socket: None,
-            }),
+            })),
         })
     }
 
@@ -227,6 +230,16 @@ impl SourceMachine for Source {
 
     fn memory(&self) -> Arc<dyn SourceMemory> {
         Arc::clone(&self.memory) as _
+    }
+
+    fn scout(&self) -> Option<Box<dyn Scout>> {
+        Some(Box::new(QemuScout::new(
+            Arc::clone(&self.process),
+            Arc::clone(&self.inner),
+            Arc::clone(&self.regions),
+            &self.layout,
+            Arc::clone(&self.memory),
+        )))
     }
 
     fn prepare_pause(&self) -> Result<(), MachineError> {

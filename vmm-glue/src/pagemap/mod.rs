@@ -1,0 +1,5 @@
+//! Which pages of a process are there.
+
+mod sys;
+
+pub(crate) use sys::scan_present;

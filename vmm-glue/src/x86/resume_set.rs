@@ -1,0 +1,212 @@
+//! The resume set: what a machine touches first where it goes on, small and certain things ahead.
+
+use lazyvm_server::port::Hints;
+use lazyvm_wire::{PageIndex, PageRange};
+
+use super::guest::{ENTRIES, GuestMemory};
+use super::pages::{PageList, PageSet};
+use super::pointers;
+use super::registers::Vcpu;
+use super::spaces::{AddressSpace, HALF};
+use super::walk::{Bounds, Found, Mapping, Tables, Walker};
+
+/// Most pages of the virtual order: 32 MiB of numbers for 16 GiB.
+const ORDER_MAX: usize = 4 << 20;
+
+/// Memory that firmware and devices' ROMs use.
+const LOW_MEMORY: u64 = 1 << 20;
+
+/// Linux (`Documentation/arch/x86/x86_64/mm.rst`): descriptor tables, task states and entry stacks of all processors.
+const ENTRY_AREA: std::ops::Range<u64> = 0xffff_fe00_0000_0000..0xffff_fe80_0000_0000;
+
+/// The same: the kernel's text and data.
+const KERNEL_IMAGE: std::ops::Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
+
+/// Larger pages than this are the kernel's view of all memory, whatever they allow.
+const CODE_PAGE_MAX: u64 = 2 << 20;
+
+/// What else is known of the machine.
+#[derive(Clone, Copy, Default)]
+pub struct Known<'a> {
+    /// Address spaces of programs that do not run now.
+    pub spaces: &'a [AddressSpace],
+    /// What was touched of late; where it is known, it tells which part of large areas is used.
+    pub hot: Option<&'a PageSet>,
+    /// Rings that the machine shares with its devices.
+    pub rings: &'a [PageRange],
+}
+
+/// Finds all of [`Hints`] but the hot pages.
+pub fn resume_set(
+    memory: &GuestMemory,
+    vcpus: &[Vcpu],
+    known: Known<'_>,
+    bounds: Bounds<'_>,
+) -> Hints {
+    let pages = memory.layout().pages();
+    let mut tables = Tables::new(memory);
+    let pointed = pointers::follow(memory, &mut tables, vcpus);
+    let mut trees = Trees::new(memory, known.hot);
+    let mut current: Vec<AddressSpace> = Vec::new();
+    for paging in vcpus.iter().filter_map(Vcpu::paging) {
+        let space = AddressSpace::of(memory, paging);
+        if !current.contains(&space) {
+            current.push(space);
+        }
+    }
+    trees.walk(&current, known.spaces, bounds);
+
+    let mut table_list = PageList::new(pages);
+    table_list.extend(tables.order().iter().filter_map(|&gpa| memory.page(gpa)));
+    table_list.extend(trees.upper_tables.iter());
+    let (hot, cold) = split(trees.lower_tables.iter(), known.hot);
+    table_list.extend(hot.into_iter().chain(cold));
+
+    let mut processor = PageList::new(pages);
+    processor.extend(pointed.certain);
+    processor.extend(trees.entry_area.iter());
+    let (hot, cold) = split(pointed.per_cpu.into_iter(), known.hot);
+    processor.extend(hot);
+    if known.hot.is_none() {
+        processor.extend(cold);
+    }
+    processor.extend(trees.kernel_data.iter());
+    processor.extend(known.rings.iter().flat_map(|ring| ring.pages()));
+    let (hot, cold) = split(memory.pages(0, LOW_MEMORY), known.hot);
+    processor.extend(hot.into_iter().chain(cold));
+
+    let mut code = PageList::new(pages);
+    code.extend(pointed.code);
+    for part in [trees.kernel_code, trees.user_code] {
+        let (hot, cold) = split(part.iter(), known.hot);
+        code.extend(hot.into_iter().chain(cold));
+    }
+    Hints {
+        tables: table_list.into_ranges(),
+        processor: processor.into_ranges(),
+        code: code.into_ranges(),
+        hot: Vec::new(),
+        virtual_order: trees.order,
+    }
+}
+
+/// The hot ones, and the others, both in their order; all are others where that is not known.
+fn split(
+    pages: impl Iterator<Item = PageIndex>,
+    hot: Option<&PageSet>,
+) -> (Vec<PageIndex>, Vec<PageIndex>) {
+    let is_hot = |page: &PageIndex| hot.is_some_and(|hot| hot.contains(*page));
+    pages.partition(is_hot)
+}
+
+/// What the page tables tell. Each list holds a page once, so none outgrows the image, whatever the tables hold.
+struct Trees<'a> {
+    memory: &'a GuestMemory,
+    hot: Option<&'a PageSet>,
+    /// Those that do not map small pages.
+    upper_tables: PageList,
+    lower_tables: PageList,
+    entry_area: PageList,
+    kernel_data: PageList,
+    kernel_code: PageList,
+    user_code: PageList,
+    order: Vec<PageIndex>,
+    in_order: PageSet,
+}
+
+impl<'a> Trees<'a> {
+    fn new(memory: &'a GuestMemory, hot: Option<&'a PageSet>) -> Self {
+        let list = || PageList::new(memory.layout().pages());
+        Self {
+            memory,
+            hot,
+            upper_tables: list(),
+            lower_tables: list(),
+            entry_area: list(),
+            kernel_data: list(),
+            kernel_code: list(),
+            user_code: list(),
+            order: Vec::new(),
+            in_order: PageSet::new(memory.layout().pages()),
+        }
+    }
+
+    /// The kernel's upper half first, from its end: its view of all memory lies at the beginning, and is large.
+    fn walk(&mut self, current: &[AddressSpace], others: &[AddressSpace], bounds: Bounds<'_>) {
+        let mut walker = Walker::new(self.memory, bounds);
+        for top in [ENTRIES - 1..ENTRIES, ENTRIES - 4..ENTRIES - 1] {
+            for space in current {
+                walker.walk(space.kernel, top.clone(), &mut |found| self.take(found));
+            }
+        }
+        for space in current {
+            walker.walk(space.lower(), 0..HALF, &mut |found| self.take(found));
+        }
+        for space in current {
+            let rest = HALF..ENTRIES - 4;
+            walker.walk(space.kernel, rest, &mut |found| self.take(found));
+            if let Some(user) = space.user {
+                walker.walk(user, HALF..ENTRIES, &mut |found| self.take(found));
+            }
+        }
+        for space in others {
+            walker.walk(space.lower(), 0..HALF, &mut |found| self.take(found));
+        }
+    }
+
+    fn take(&mut self, found: Found) {
+        match found {
+            Found::Table { gpa, level } => {
+                let list = if level > 1 {
+                    &mut self.upper_tables
+                } else {
+                    &mut self.lower_tables
+                };
+                list.extend(self.memory.page(gpa));
+            }
+            Found::Mapping(mapping) if mapping.user => self.take_user(mapping),
+            Found::Mapping(mapping) => self.take_kernel(mapping),
+        }
+    }
+
+    fn take_user(&mut self, mapping: Mapping) {
+        if mapping.executable && mapping.accessed && mapping.bytes <= CODE_PAGE_MAX {
+            let pages = self.memory.pages(mapping.gpa, mapping.bytes);
+            self.user_code.extend(pages);
+        }
+        self.put_in_order(mapping);
+    }
+
+    fn take_kernel(&mut self, mapping: Mapping) {
+        if mapping.bytes > CODE_PAGE_MAX {
+            return;
+        }
+        let pages = self.memory.pages(mapping.gpa, mapping.bytes);
+        if ENTRY_AREA.contains(&mapping.virt) {
+            self.entry_area.extend(pages);
+        } else if mapping.executable {
+            if mapping.accessed {
+                self.kernel_code.extend(pages);
+            }
+        } else if KERNEL_IMAGE.contains(&mapping.virt) {
+            let hot = self.hot;
+            let is_hot = |page: &PageIndex| hot.is_some_and(|hot| hot.contains(*page));
+            self.kernel_data.extend(pages.filter(is_hot));
+        } else if mapping.bytes > 4096 {
+            // The kernel's view of all memory: its order is the physical one.
+            return;
+        }
+        self.put_in_order(mapping);
+    }
+
+    fn put_in_order(&mut self, mapping: Mapping) {
+        for page in self.memory.pages(mapping.gpa, mapping.bytes) {
+            if self.order.len() >= ORDER_MAX {
+                return;
+            }
+            if self.in_order.insert(page) {
+                self.order.push(page);
+            }
+        }
+    }
+}
