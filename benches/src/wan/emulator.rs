@@ -1,11 +1,11 @@
 //! The emulated wide-area path: two network namespaces, a TUN device in each, and a thread that carries packets between
-//! them as [`PathQueue`] says.
+//! them as `PathQueue` says.
 //!
 //! The devices hand over packets that stand for many (TSO, USO), so that a read and a write carry up to 64 KB. Rate, queue
 //! and loss are kept packet by packet all the same; what a read brought is taken apart where its packets fare differently,
-//! and where it would take the path longer than [`TOGETHER`].
+//! and where it would take the path longer than `TOGETHER`.
 //!
-//! Delays are exact to some microseconds on a quiet path, and up to [`NAP`] too long at each end of a busy one.
+//! Delays are exact to some microseconds on a quiet path, and up to `NAP` too long at each end of a busy one.
 
 use std::fs::File;
 use std::io::{self, Read, Write};

@@ -34,7 +34,7 @@ pub struct Life {
     pub left_at_us: i64,
     /// The longest time without a sign, after the order.
     pub freeze_us: i64,
-    /// From [`Life::left_at_us`] until the first sign after which it kept [`RECOVERED_SHARE`] of its speed for [`STEADY`].
+    /// From `Life::left_at_us` until the first sign after which it kept `RECOVERED_SHARE` of its speed for `STEADY`.
     pub recovered_us: Option<i64>,
     /// Signs a second in the time before the order.
     pub speed_before_hz: f64,

@@ -1,9 +1,9 @@
 //! `lazyvm bench wan`: how long a guest freezes in a move over a long path, by its own signs of life.
 //!
-//! The rig is two network namespaces with an emulated wide-area path between them ([`emulator`], [`queue`]). A guest works
-//! at one end and writes a tick for each so much progress; the ticks are stamped when they are read ([`console`]). lazyvm
-//! moves it as a user would ([`lazyvm`]); QEMU's own post-copy moves another one of the same kind over the same path
-//! ([`peer`]). Figures come from the ticks alone ([`figures`]), so they mean the same for both.
+//! The rig is two network namespaces with an emulated wide-area path between them (`emulator`, `queue`). A guest works
+//! at one end and writes a tick for each so much progress; the ticks are stamped when they are read (`console`). lazyvm
+//! moves it as a user would (`lazyvm`); QEMU's own post-copy moves another one of the same kind over the same path
+//! (`peer`). Figures come from the ticks alone (`figures`), so they mean the same for both.
 
 mod chart;
 pub mod console;
