@@ -15,6 +15,9 @@ use crate::port::SourceMemory;
 /// Most pages that go early: 256 MiB, for which digests take some megabytes.
 const PAGES_MAX: usize = 64 * 1024;
 
+/// Most threads that compare.
+const THREADS_MAX: usize = 4;
+
 /// Pages that are compared at a time.
 const COMPARE_PAGES: u64 = 32;
 
@@ -91,7 +94,7 @@ impl Early {
     /// These pages went, with these bytes.
     pub fn sent(&mut self, range: PageRange, bytes: &[u8]) {
         for (page, bytes) in range.pages().zip(bytes.chunks_exact(PAGE_SIZE)) {
-            self.sent.insert(page, xxh3_128_with_seed(bytes, self.seed));
+            self.sent.insert(page, self.digest(bytes));
         }
     }
 
@@ -103,13 +106,42 @@ impl Early {
         self.sent.clear();
     }
 
-    /// The pages that went and are the same now that the machine is paused. What can't be read is not.
+    /// Whether nobody knows what arrived.
+    pub fn is_void(&self) -> bool {
+        self.void
+    }
+
+    /// The pages that went and are the same now that the machine is paused. What can't be read is not. The machine
+    /// stands still meanwhile, so several threads look.
     pub fn held(&self, memory: &dyn SourceMemory, map: &PageMap) -> PageMap {
         let mut held = PageMap::zeroed(map.bits().len() as u64);
         let mut pages: Vec<_> = self.sent.keys().copied().collect();
         pages.sort_unstable();
+        pages.retain(|page| map.bits()[page.as_usize()]);
+        let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        let part = pages.len().div_ceil(threads.min(THREADS_MAX)).max(1);
+        let same = std::thread::scope(|scope| {
+            let parts: Vec<_> = pages
+                .chunks(part)
+                .map(|pages| scope.spawn(|| self.same(memory, pages)))
+                .collect();
+            parts
+                .into_iter()
+                // A part whose thread has panicked is not held.
+                .flat_map(|part| part.join().unwrap_or_default())
+                .collect::<Vec<_>>()
+        });
+        for page in same {
+            held.set_data(PageRange::one(page));
+        }
+        held
+    }
+
+    /// Those of these pages, ascending, that are what was sent.
+    fn same(&self, memory: &dyn SourceMemory, pages: &[PageIndex]) -> Vec<PageIndex> {
+        let mut same = Vec::with_capacity(pages.len());
         let mut buffer = vec![0; COMPARE_PAGES as usize * PAGE_SIZE];
-        let mut rest = &pages[..];
+        let mut rest = pages;
         while let Some(&first) = rest.first() {
             let count = rest
                 .iter()
@@ -122,13 +154,101 @@ impl Early {
             if memory.read(range, bytes).is_err() {
                 continue;
             }
-            for (page, bytes) in range.pages().zip(bytes.chunks_exact(PAGE_SIZE)) {
-                let same = self.sent.get(&page) == Some(&xxh3_128_with_seed(bytes, self.seed));
-                if same && map.bits()[page.as_usize()] {
-                    held.set_data(PageRange::one(page));
-                }
+            let now = range.pages().zip(bytes.chunks_exact(PAGE_SIZE));
+            same.extend(
+                now.filter(|(page, bytes)| self.sent.get(page) == Some(&self.digest(bytes)))
+                    .map(|(page, _)| page),
+            );
+        }
+        same
+    }
+
+    fn digest(&self, bytes: &[u8]) -> u128 {
+        xxh3_128_with_seed(bytes, self.seed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Mutex;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A byte a page; page 13 can't be read.
+    struct Memory(Mutex<Vec<u8>>);
+
+    impl SourceMemory for Memory {
+        fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
+            if range.contains(PageIndex(13)) {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            let pages = self.0.lock().unwrap();
+            for (page, bytes) in range.pages().zip(out.chunks_exact_mut(PAGE_SIZE)) {
+                bytes.fill(pages[page.as_usize()]);
+            }
+            Ok(())
+        }
+
+        fn data_runs(&self, _: &mut dyn FnMut(PageRange)) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn send_all(early: &mut Early, memory: &Memory) -> Vec<PageIndex> {
+        let mut sent = Vec::new();
+        while let Some(range) = early.next() {
+            let mut bytes = vec![0; range.bytes() as usize];
+            if memory.read(range, &mut bytes).is_ok() {
+                early.sent(range, &bytes);
+                sent.extend(range.pages());
             }
         }
-        held
+        sent
+    }
+
+    proptest! {
+        /// Exactly those pages are held that went, did not change, and are data; each goes once.
+        #[test]
+        fn what_changed_is_not_held(
+            queued in proptest::collection::vec((0..300_u64, 1..40_u64), 0..12),
+            changed in proptest::collection::btree_set(0..300_usize, 0..80),
+            zero in proptest::collection::btree_set(0..300_usize, 0..20),
+        ) {
+            let layout = Layout::flat(300).unwrap();
+            let memory = Memory(Mutex::new(vec![1; 300]));
+            let mut early = Early::new(&layout, 7);
+            let mut sent = Vec::new();
+            for (first, count) in queued {
+                early.queue(&layout, [PageRange::new(PageIndex(first), count)]);
+                sent.extend(send_all(&mut early, &memory));
+            }
+            let once: std::collections::BTreeSet<_> = sent.iter().copied().collect();
+            prop_assert_eq!(once.len(), sent.len());
+            let mut map = PageMap::zeroed(300);
+            for page in 0..300 {
+                if !zero.contains(&page) {
+                    map.set_data(PageRange::one(PageIndex(page as u64)));
+                }
+            }
+            for &page in &changed {
+                memory.0.lock().unwrap()[page] = 2;
+            }
+            let held = early.held(&memory, &map);
+            // A run of pages next to one that can't be read is read with it, and is not held.
+            for page in (0..300).filter(|page| !(13 - 32..13 + 32).contains(&(*page as i64))) {
+                let expected = once.contains(&PageIndex(page as u64))
+                    && !changed.contains(&page)
+                    && !zero.contains(&page);
+                prop_assert_eq!(held.bits()[page], expected, "page {}", page);
+            }
+            for page in 0..45 {
+                prop_assert!(!held.bits()[page] || !changed.contains(&page));
+            }
+            early.give_up();
+            prop_assert_eq!(early.held(&memory, &map).data_pages(), 0);
+        }
     }
 }

@@ -199,11 +199,16 @@ impl Conversation<'_> {
         let Some(paused) = self.session.paused() else {
             return Ok(());
         };
-        self.session.begin_first_push(&paused);
         let switchover = Box::new((*paused.switchover).clone());
         self.sender
             .send(&ToDestination::Switchover(switchover))
-            .await
+            .await?;
+        // While the switchover is on its way.
+        let session = self.session.clone();
+        let lead = tokio::task::spawn_blocking(move || session.last_look()).await;
+        self.session
+            .begin_first_push(&paused, &lead.unwrap_or_default());
+        Ok(())
     }
 
     /// The downtime, as it is known when the start is heard; the same when it is heard again.

@@ -115,8 +115,6 @@ pub(crate) struct Paused {
     pub map: Arc<PageMap>,
     /// The pages that the destination has already.
     pub held: Arc<PageMap>,
-    /// What it needs first.
-    pub lead: Arc<[PageRange]>,
     /// When the machine began to stop.
     pub at: Instant,
 }
@@ -298,14 +296,13 @@ impl Session {
             switchover: Arc::new(switchover),
             map: Arc::new(map),
             held: Arc::new(held),
-            lead: self.last_look().into(),
             at,
         });
         Ok(())
     }
 
-    /// What the paused machine needs first, in that order.
-    fn last_look(&self) -> Vec<PageRange> {
+    /// What the paused machine needs first, in that order. Blocks.
+    pub fn last_look(&self) -> Vec<PageRange> {
         let Some(scout) = &mut *lock(&self.scout) else {
             return Vec::new();
         };
@@ -354,11 +351,14 @@ impl Session {
         lock(&self.paused).clone()
     }
 
-    /// Begins the push of all data pages that the destination does not have.
-    pub fn begin_first_push(&self, paused: &Paused) {
+    /// Begins the push of all data pages that the destination does not have, these first.
+    pub fn begin_first_push(&self, paused: &Paused, lead: &[PageRange]) {
         let mut missing = paused.map.bits().to_bitvec();
-        missing &= !paused.held.bits().to_bitvec();
-        self.begin_push(&PageMap::from_bits(missing), &paused.lead);
+        // What was on its way when a connection was lost may be held and yet not be there.
+        if !lock(&self.early).is_void() {
+            missing &= !paused.held.bits().to_bitvec();
+        }
+        self.begin_push(&PageMap::from_bits(missing), lead);
     }
 
     fn begin_push(&self, map: &PageMap, lead: &[PageRange]) {
