@@ -82,12 +82,17 @@ impl Mappings {
     /// Reads a table.
     ///
     /// # Errors
-    /// The first line that can't be read.
+    /// The first line that can't be read, or that does not come behind the one before it.
     pub fn parse(text: &str) -> Result<Self, &str> {
-        text.lines()
-            .map(|line| parse_line(line).ok_or(line))
-            .collect::<Result<_, _>>()
-            .map(Self)
+        let mut mappings: Vec<Mapping> = Vec::new();
+        for line in text.lines() {
+            let mapping = parse_line(line).ok_or(line)?;
+            if mappings.last().is_some_and(|last| last.end > mapping.start) {
+                return Err(line);
+            }
+            mappings.push(mapping);
+        }
+        Ok(Self(mappings))
     }
 
     /// In ascending order.
@@ -164,6 +169,13 @@ mod tests {
         let code = mappings.iter().find(|mapping| mapping.executable).unwrap();
         assert_eq!(code.name, "[vdso]");
         assert_eq!(mappings.iter().last().unwrap().name, "");
+    }
+
+    #[test]
+    fn a_table_out_of_order_is_refused() {
+        let lines: Vec<_> = TABLE.lines().collect();
+        let turned = [lines[1], lines[0]].join("\n");
+        assert_eq!(Mappings::parse(&turned).unwrap_err(), lines[0]);
     }
 
     #[test]
