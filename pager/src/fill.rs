@@ -10,7 +10,7 @@ use nix::errno::Errno;
 
 use crate::memory::{InstallMode, LazyMemory};
 use crate::removal::Patience;
-use crate::sys::{self, Mapping};
+use crate::sys::Mapping;
 use crate::uffd::{Progress, RegisterError, Uffd};
 
 /// What a run of pages is filled with.
@@ -305,11 +305,14 @@ impl Filler {
 
     fn write_bytes(&self, target: Target, at: u64, data: &[u8]) -> Result<(), Cause> {
         if let Some(alias) = self.aliases.get(target.region).and_then(Option::as_ref) {
-            let Some(span) = alias.span(target.offset + at, data.len()) else {
-                return Err(Cause::Write(Errno::EFBIG.into()));
-            };
-            sys::copy_in(span, data);
-            return Ok(());
+            let mut patience = Patience::new();
+            loop {
+                match alias.write(target.offset + at, data) {
+                    // Somebody gave the page back meanwhile, and others have taken the pool's last one for a moment.
+                    Err(Errno::EFAULT) if patience.wait_briefly() => {}
+                    written => return written.map_err(|errno| Cause::Write(errno.into())),
+                }
+            }
         }
         match &self.memory.regions()[target.region].file {
             Some((file, start)) => file
@@ -326,6 +329,8 @@ impl Filler {
             Progress::Again if patience.wait() => Ok(()),
             Progress::Again => Err(Cause::Stuck),
             Progress::Gone(errno) => Err(Cause::Gone(errno)),
+            // A pool of huge pages that is just large enough runs out while another install holds one for its copy.
+            Progress::Failed(Errno::ENOMEM) if patience.wait_briefly() => Ok(()),
             Progress::Failed(errno) => Err(Cause::Kernel(errno)),
             Progress::Hole => Err(Cause::Kernel(Errno::EFAULT)),
             Progress::Exists | Progress::Bytes(_) => Ok(()),

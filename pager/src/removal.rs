@@ -57,6 +57,8 @@ pub(crate) struct Patience {
 /// The kernel answers `EAGAIN` for as long as a memory map changes, which takes a thread some wake-ups.
 const PATIENCE: Duration = Duration::from_secs(30);
 const SPINS: u32 = 16;
+/// Some milliseconds, for what others hold for the length of a copy.
+const BRIEF_TRIES: u32 = 64;
 const PAUSE: Duration = Duration::from_micros(50);
 
 impl Patience {
@@ -65,6 +67,11 @@ impl Patience {
             since: Instant::now(),
             tries: 0,
         }
+    }
+
+    /// Like [`Self::wait`], for milliseconds only.
+    pub(crate) fn wait_briefly(&mut self) -> bool {
+        self.tries < BRIEF_TRIES && self.wait()
     }
 
     /// Waits a little; `false` when it has been too long.

@@ -1,6 +1,7 @@
 //! Anonymous memory, memory files, and mappings of them.
 
 use std::fs::File;
+use std::io::IoSlice;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
@@ -10,8 +11,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
-
-use super::copy::LocalSpan;
+use nix::sys::uio::{RemoteIoVec, process_vm_writev};
+use nix::unistd::Pid;
 
 /// A mapping of this process's own, readable and writable, undone when dropped.
 #[derive(Debug)]
@@ -56,13 +57,26 @@ impl Mapping {
         self.address
     }
 
-    /// `length` bytes of it from `offset`; `None` where they are not all in it.
-    pub(crate) fn span(&self, offset: u64, length: usize) -> Option<LocalSpan<'_>> {
-        let offset = usize::try_from(offset).ok()?;
-        let end = offset.checked_add(length)?;
-        // SAFETY: the bytes are in the mapping, which stays while `self` is borrowed. `LocalSpan` is the only way in
-        // which this process touches it, apart from mappings of the same file, which are other addresses.
-        (end <= self.length).then(|| unsafe { LocalSpan::new(self.address + offset, length) })
+    /// Writes `data` at `offset`, through the kernel: where a touch would end in `SIGBUS`, as there is no huge page left
+    /// for a hole, this says `EFAULT`.
+    pub(crate) fn write(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        let offset = usize::try_from(offset).map_err(|_| Errno::EFBIG)?;
+        let end = offset.checked_add(data.len()).ok_or(Errno::EFBIG)?;
+        if end > self.length {
+            return Err(Errno::EFBIG);
+        }
+        let mut done = 0;
+        while done < data.len() {
+            let to = RemoteIoVec {
+                base: self.address + offset + done,
+                len: data.len() - done,
+            };
+            match process_vm_writev(Pid::this(), &[IoSlice::new(&data[done..])], &[to])? {
+                0 => return Err(Errno::EFAULT),
+                written => done += written,
+            }
+        }
+        Ok(())
     }
 }
 
