@@ -41,6 +41,11 @@ pub trait SourceMachine: Send + Sync {
         None
     }
 
+    /// What notes which pages the machine writes; `None` where nothing can. One at a time for a machine.
+    fn tracker(&self) -> Option<Box<dyn DirtyTracker>> {
+        None
+    }
+
     /// Everything that a pause needs and that can be done while the machine runs: [`SourceMachine::pause`] follows at
     /// once. On failure the machine runs on.
     ///
@@ -67,6 +72,34 @@ pub trait SourceMachine: Send + Sync {
     /// # Errors
     /// The machine's own. The move has succeeded all the same.
     fn release(&self) -> Result<(), MachineError>;
+}
+
+/// Notes which pages a machine writes, its devices included, while it runs. Calls may block, and come from one thread at a
+/// time. Dropping it stops it.
+///
+/// A write that it misses is a wrong page at the destination: whoever implements this must report a page too often rather
+/// than too seldom.
+pub trait DirtyTracker: Send {
+    /// Begins to note writes; all pages are clean. What a reader of the memory sees after this has returned is older than
+    /// no write that goes unreported.
+    ///
+    /// # Errors
+    /// The machine's own. It runs on, and nothing is noted.
+    fn start(&mut self) -> Result<(), MachineError>;
+
+    /// Calls `dirty` with each run of pages that was written, or given back to the system, since they were last reported
+    /// or since the start; from then on they are clean. A write that happens meanwhile is reported now or the next time. Once
+    /// the machine is paused, one call reports all that is left.
+    ///
+    /// # Errors
+    /// The machine's own. Any page may then have been written.
+    fn collect(&mut self, dirty: &mut dyn FnMut(PageRange)) -> Result<(), MachineError>;
+
+    /// Stops noting, so that the machine runs as fast as before.
+    ///
+    /// # Errors
+    /// The machine's own.
+    fn stop(&mut self) -> Result<(), MachineError>;
 }
 
 /// Finds out which pages a machine needs first where it goes on. What it finds are hints: a wrong one costs time, and
