@@ -320,7 +320,7 @@ mod tests {
         let mut windows = Windows::default();
         for base in [10_000, 20_000] {
             for step in 0..5 {
-                fault(&mut windows, base + step * 40);
+                fault(&mut windows, base + step * 20);
             }
         }
         let mut turns = Vec::new();
