@@ -126,10 +126,15 @@ impl Trace {
     pub fn decode(bytes: &[u8]) -> Result<Self, TraceError> {
         let packed = bytes.strip_prefix(MAGIC).ok_or(TraceError::Magic)?;
         let body = zstd::bulk::decompress(packed, DECODED_MAX).map_err(TraceError::Compressed)?;
-        let mut body = Reader {
-            bytes: &body,
-            pages: 0,
-        };
+        Self::decode_body(&body)
+    }
+
+    /// From what is inside of a file, decompressed.
+    ///
+    /// # Errors
+    /// [`TraceError::Damaged`], whatever the bytes.
+    pub fn decode_body(bytes: &[u8]) -> Result<Self, TraceError> {
+        let mut body = Reader { bytes, pages: 0 };
         body.pages = body.number()?;
         if body.pages > PAGES_MAX {
             return Err(TraceError::Damaged);
