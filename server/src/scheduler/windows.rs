@@ -96,7 +96,7 @@ impl Window {
     /// The next fault came near it.
     fn hit(&mut self, at: &Range<u64>, end: u64, fault: u64) {
         let halvings = ((fault - self.fault) / HALVES_AFTER).min(16);
-        self.grow = (self.grow * 2 >> halvings).clamp(GROW_MIN, GROW_MAX);
+        self.grow = ((self.grow * 2) >> halvings).clamp(GROW_MIN, GROW_MAX);
         self.fault = fault;
         self.direction = match at.start.cmp(&self.last) {
             std::cmp::Ordering::Greater => Direction::Up,
