@@ -1,5 +1,6 @@
 //! `lazyvm bench`.
 
+mod sim;
 mod wan;
 
 use std::io::Write;
@@ -16,6 +17,7 @@ use serde_json::Value;
 
 use crate::exit::Exit;
 use crate::{files, units};
+use sim::SimArgs;
 use wan::WanArgs;
 
 /// Which benchmark.
@@ -33,6 +35,8 @@ enum Bench {
     Push(PushArgs),
     /// How long a guest freezes in a move over a long path, by its own signs of life
     Wan(Box<WanArgs>),
+    /// What a recorded guest would wait for over a link, in virtual time
+    Sim(SimArgs),
     /// The source's process of a run, which a run starts by itself
     #[command(hide = true)]
     Source,
@@ -123,6 +127,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<Exit> {
         Bench::Fault(args) => fault(args),
         Bench::Push(args) => push(args),
         Bench::Wan(args) => wan::wan(args),
+        Bench::Sim(args) => sim::sim(args),
         Bench::Source => {
             lazyvm_benches::source::run()?;
             Ok(Exit::Done)

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use lazyvm_server::port::SourceMachine;
+use lazyvm_server::trace::Recorder;
 use lazyvm_server::{EndReason, Phase, Rival, Server, SessionConfig, SessionHandle, SessionRecord};
 use lazyvm_vmm_glue::firecracker::api::Api;
 use lazyvm_vmm_glue::firecracker::source::FirecrackerMachine;
@@ -76,6 +77,12 @@ pub struct ServeArgs {
     /// Have a Firecracker write its memory to a file here at the hand-over, and serve that [default: read it from its process]
     #[arg(long, value_name = "DIR", requires = "firecracker")]
     scratch: Option<PathBuf>,
+    /// Write to this file which pages the VM touches after the pause, for `bench sim`; nothing is pushed meanwhile
+    #[arg(long, value_name = "FILE", hide = true)]
+    record_trace: Option<PathBuf>,
+    /// For how long
+    #[arg(long, value_name = "TIME", default_value = "15s", value_parser = units::duration, hide = true)]
+    record_for: Duration,
     #[command(flatten)]
     files: snapshot::Files,
 }
@@ -184,6 +191,10 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
         max_bandwidth: args.bytes_a_second(),
         warm_up: args.warm_up,
         record,
+        trace: args
+            .record_trace
+            .clone()
+            .map(|file| Recorder::new(file, args.record_for)),
         ..SessionConfig::new(machine)
     })?;
     let listening = server.local_addr().context("can't tell where it listens")?;

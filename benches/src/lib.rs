@@ -11,6 +11,7 @@ pub mod fault;
 mod image;
 pub mod link;
 pub mod push;
+pub mod sim;
 pub mod source;
 mod sys;
 pub mod wan;

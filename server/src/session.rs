@@ -15,9 +15,10 @@ use tokio::sync::{Notify, watch};
 use crate::early::Early;
 use crate::frames::FrameReader;
 use crate::handover::{Action, EndReason, Event, Handover, Phase};
-use crate::port::{Scout, SourceMachine};
+use crate::port::{Hints, Scout, SourceMachine};
 use crate::record::SessionRecord;
-use crate::scheduler::{Batch, PushScheduler};
+use crate::scheduler::{Batch, PushScheduler, VirtualOrder};
+use crate::trace::{Recorder, Trace};
 
 /// What a session is made of.
 pub struct SessionConfig {
@@ -34,6 +35,8 @@ pub struct SessionConfig {
     pub warm_up: Duration,
     /// Where the session is recorded; `None` for a machine whose loss nobody minds (benchmarks, tests).
     pub record: Option<SessionRecord>,
+    /// Records which pages the machine touches, for the simulator; nothing is pushed meanwhile.
+    pub trace: Option<Recorder>,
 }
 
 impl SessionConfig {
@@ -46,6 +49,7 @@ impl SessionConfig {
             max_bandwidth: None,
             warm_up: WARM_UP,
             record: None,
+            trace: None,
         }
     }
 }
@@ -117,6 +121,15 @@ pub(crate) struct Paused {
     pub held: Arc<PageMap>,
     /// When the machine began to stop.
     pub at: Instant,
+}
+
+/// What the last look gave.
+#[derive(Debug, Default)]
+pub(crate) struct Look {
+    /// What goes first, in this order.
+    pub lead: Vec<PageRange>,
+    /// Which pages stand together in virtual memory.
+    pub order: Arc<VirtualOrder>,
 }
 
 impl Session {
@@ -281,6 +294,13 @@ impl Session {
             .data
             .store(map.data_pages(), Ordering::Relaxed);
         let held = lock(&self.early).held(machine.memory().as_ref(), &map);
+        let held = match &self.config.trace {
+            Some(recorder) => {
+                recorder.paused(Trace::at_pause(&map, &held, state.len() as u64), at);
+                PageMap::zeroed(map.bits().len() as u64)
+            }
+            None => held,
+        };
         let switchover = Switchover {
             state,
             page_map: map.encode(),
@@ -301,19 +321,33 @@ impl Session {
         Ok(())
     }
 
-    /// What the paused machine needs first, in that order. Blocks.
-    pub fn last_look(&self) -> Vec<PageRange> {
-        let Some(scout) = &mut *lock(&self.scout) else {
-            return Vec::new();
-        };
-        match scout.look_paused() {
-            Ok(hints) => [hints.tables, hints.processor, hints.code, hints.hot].concat(),
-            Err(error) => {
-                let error = describe(error.as_ref());
-                tracing::warn!(session = %self.id, %error, "can't find out what the machine needs first; the push goes from front to back");
-                Vec::new()
-            }
+    /// What the paused machine needs first. Blocks.
+    pub fn last_look(self: &Arc<Self>) -> Look {
+        let hints = self.look_paused();
+        if let Some(recorder) = &self.config.trace {
+            recorder.hints(&hints);
+            let session = Arc::clone(self);
+            recorder.write_later(move || {
+                if let Some(paused) = session.paused() {
+                    session.begin_push_of(&paused, &Look::default());
+                }
+            });
         }
+        Look {
+            order: Arc::new(VirtualOrder::new(&hints.virtual_order)),
+            lead: [hints.tables, hints.processor, hints.code, hints.hot].concat(),
+        }
+    }
+
+    fn look_paused(&self) -> Hints {
+        let Some(scout) = &mut *lock(&self.scout) else {
+            return Hints::default();
+        };
+        scout.look_paused().unwrap_or_else(|error| {
+            let error = describe(error.as_ref());
+            tracing::warn!(session = %self.id, %error, "can't find out what the machine needs first; the push goes from front to back");
+            Hints::default()
+        })
     }
 
     fn page_map(&self) -> Result<PageMap, String> {
@@ -352,21 +386,29 @@ impl Session {
     }
 
     /// Begins the push of all data pages that the destination does not have, these first.
-    pub fn begin_first_push(&self, paused: &Paused, lead: &[PageRange]) {
+    pub fn begin_first_push(&self, paused: &Paused, look: &Look) {
+        // The recorder begins it when it is done.
+        if self.config.trace.is_none() {
+            self.begin_push_of(paused, look);
+        }
+    }
+
+    fn begin_push_of(&self, paused: &Paused, look: &Look) {
         let mut missing = paused.map.bits().to_bitvec();
         // What was on its way when a connection was lost may be held and yet not be there.
         if !lock(&self.early).is_void() {
             missing &= !paused.held.bits().to_bitvec();
         }
-        self.begin_push(&PageMap::from_bits(missing), lead);
+        self.begin_push(&PageMap::from_bits(missing), &look.lead, look.order.clone());
     }
 
-    fn begin_push(&self, map: &PageMap, lead: &[PageRange]) {
+    fn begin_push(&self, map: &PageMap, lead: &[PageRange], order: Arc<VirtualOrder>) {
         if !self.config.push {
             return;
         }
         let mut push = PushScheduler::new(map, self.config.machine.layout().clone());
         push.lead_with(lead.iter().copied());
+        push.order_by(order);
         *lock(&self.push) = Some(push);
         self.push_wake.notify_waiters();
     }
@@ -375,7 +417,8 @@ impl Session {
     pub fn push_missing(&self, missing: &[u8]) -> Result<(), PageMapError> {
         let missing = PageMap::decode(missing, self.config.machine.layout().pages())?;
         if self.serves_pages() {
-            self.begin_push(&missing, &[]);
+            let order = lock(&self.push).as_ref().map(|push| push.order().clone());
+            self.begin_push(&missing, &[], order.unwrap_or_default());
         }
         Ok(())
     }
@@ -421,6 +464,9 @@ impl Session {
         self.counters
             .demand
             .fetch_add(range.count, Ordering::Relaxed);
+        if let Some(recorder) = &self.config.trace {
+            recorder.touched(range.first);
+        }
         if let Some(push) = lock(&self.push).as_mut() {
             push.fault(range);
         }

@@ -1,0 +1,10 @@
+//! Behind `lazyvm bench sim`: a guest's first touches, recorded once ([`lazyvm_server::trace`]), replayed over a link in
+//! virtual time with the scheduler that the server runs.
+
+pub mod link;
+pub mod policy;
+pub mod replay;
+
+pub use link::Link;
+pub use policy::Policy;
+pub use replay::{Outcome, Replay};
