@@ -19,6 +19,7 @@ mod rate;
 mod record;
 pub mod scheduler;
 mod session;
+pub mod snapshot;
 mod warm_up;
 
 pub use endpoint::{FleetHandle, SESSIONS_MAX, Server, ServerError, SessionHandle};

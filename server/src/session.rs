@@ -15,7 +15,7 @@ use tokio::sync::{Notify, watch};
 use crate::early::Early;
 use crate::frames::FrameReader;
 use crate::handover::{Action, EndReason, Event, Handover, Phase};
-use crate::port::{Scout, SourceMachine};
+use crate::port::{Profile, Scout, SourceMachine};
 use crate::record::SessionRecord;
 use crate::scheduler::{Batch, PushScheduler};
 
@@ -106,6 +106,8 @@ pub(crate) struct Session {
     /// What watched the machine, for a last look when it is paused.
     pub scout: Mutex<Option<Box<dyn Scout>>>,
     paused: Mutex<Option<Paused>>,
+    /// What earlier sessions needed first, and what this one does.
+    pub profile: Option<Box<dyn Profile>>,
 }
 
 /// What the pause gave.
@@ -130,6 +132,7 @@ impl Session {
             early: Mutex::new(Early::new(config.machine.layout(), seed(id))),
             early_arrived: Notify::new(),
             scout: Mutex::new(None),
+            profile: config.machine.profile(),
             config,
             counters: Counters::default(),
             verify: AtomicBool::new(false),
@@ -303,6 +306,9 @@ impl Session {
 
     /// What the paused machine needs first, in that order. Blocks.
     pub fn last_look(&self) -> Vec<PageRange> {
+        if let Some(profile) = &self.profile {
+            return profile.lead();
+        }
         let Some(scout) = &mut *lock(&self.scout) else {
             return Vec::new();
         };
@@ -421,6 +427,9 @@ impl Session {
         self.counters
             .demand
             .fetch_add(range.count, Ordering::Relaxed);
+        if let Some(profile) = &self.profile {
+            profile.demanded(range);
+        }
         if let Some(push) = lock(&self.push).as_mut() {
             push.fault(range);
         }
