@@ -1,9 +1,11 @@
 //! The hypervisors: what the page server and the pager need of each.
 //!
 //! [`kvm`] is lazyvm's own; [`qemu`] and [`firecracker`] are the real ones, as they are; [`attach`] is what QEMU needs of any
-//! process, [`x86`] what a guest's own tables tell.
+//! process, [`dirty`] which pages
+//! a process writes, [`x86`] what a guest's own tables tell.
 
 pub mod attach;
+pub mod dirty;
 pub mod firecracker;
 pub mod kvm;
 mod pagemap;

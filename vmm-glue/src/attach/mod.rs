@@ -8,6 +8,7 @@ mod inject;
 mod maps;
 mod process;
 mod sys;
+mod take;
 
 pub use inject::InjectError;
 pub use maps::{Mapping, Mappings, MapsError};

@@ -2,4 +2,4 @@
 
 mod sys;
 
-pub(crate) use sys::scan_present;
+pub(crate) use sys::{scan_entries, scan_present, scan_written};

@@ -44,12 +44,68 @@ const PAGE_IS_ZERO: u64 = 1 << 5;
 
 nix::ioctl_readwrite!(pagemap_scan, b'f', 16, ScanArguments);
 
+/// `PAGE_IS_WRITTEN`: not write-protected by a userfaultfd.
+const PAGE_IS_WRITTEN: u64 = 1 << 1;
+
+/// `PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC`.
+const PROTECT_AGAIN: u64 = 1 | 1 << 1;
+
 /// Calls `each` with every run of pages that are there and not the kernel's page of zeros, from `start` to `end` in the
 /// process whose `/proc/PID/pagemap` this is (`Documentation/admin-guide/mm/pagemap.rst`, from Linux 6.7 on).
 pub(crate) fn scan_present(
     pagemap: &File,
     start: u64,
     end: u64,
+    each: &mut dyn FnMut(u64, u64),
+) -> Result<(), Errno> {
+    let query = ScanArguments {
+        category_inverted: PAGE_IS_ZERO,
+        category_mask: PAGE_IS_ZERO,
+        category_anyof_mask: PAGE_IS_THERE,
+        return_mask: PAGE_IS_THERE,
+        ..ScanArguments::default()
+    };
+    scan(pagemap, start, end, &query, each)
+}
+
+/// Calls `each` with every run of pages that were written since they were write-protected, and protects them again, in one
+/// step for each page. `EPERM` where the memory is not registered with a userfaultfd that lets writes through by itself.
+/// Pages without an entry may be missing: [`scan_entries`] tells which have one.
+pub(crate) fn scan_written(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    each: &mut dyn FnMut(u64, u64),
+) -> Result<(), Errno> {
+    let query = ScanArguments {
+        flags: PROTECT_AGAIN,
+        category_mask: PAGE_IS_WRITTEN,
+        return_mask: PAGE_IS_WRITTEN,
+        ..ScanArguments::default()
+    };
+    scan(pagemap, start, end, &query, each)
+}
+
+/// Calls `each` with every run of pages that have an entry in the page tables, a mark of write protection included.
+pub(crate) fn scan_entries(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    each: &mut dyn FnMut(u64, u64),
+) -> Result<(), Errno> {
+    let query = ScanArguments {
+        category_anyof_mask: PAGE_IS_THERE,
+        return_mask: PAGE_IS_THERE,
+        ..ScanArguments::default()
+    };
+    scan(pagemap, start, end, &query, each)
+}
+
+fn scan(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    query: &ScanArguments,
     each: &mut dyn FnMut(u64, u64),
 ) -> Result<(), Errno> {
     let mut regions = [PageRegion::default(); 512];
@@ -61,11 +117,7 @@ pub(crate) fn scan_present(
             end,
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
-            category_inverted: PAGE_IS_ZERO,
-            category_mask: PAGE_IS_ZERO,
-            category_anyof_mask: PAGE_IS_THERE,
-            return_mask: PAGE_IS_THERE,
-            ..ScanArguments::default()
+            ..*query
         };
         // SAFETY: `arguments` is a whole struct of this type whose `size` says so, and the kernel writes at most
         // `vec_len` regions to `vec`, which is an array of so many that lives on until the call is over.

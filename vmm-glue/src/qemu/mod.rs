@@ -13,6 +13,7 @@ mod ram;
 pub mod registers;
 mod scout;
 mod source;
+mod tracker;
 mod transfer;
 pub mod tree;
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use lazyvm_server::port::{MachineError, Scout, SourceMachine, SourceMemory};
+use lazyvm_server::port::{DirtyTracker, MachineError, Scout, SourceMachine, SourceMemory};
 use lazyvm_wire::{Layout, MachineOffer};
 use serde_json::{Value, json};
 
@@ -15,6 +15,7 @@ use super::offer::Offer;
 use super::qmp::{Qmp, QmpError};
 use super::ram::SharedRam;
 use super::scout::QemuScout;
+use super::tracker::QemuTracker;
 use super::transfer::{self, Changed, TransferError};
 use crate::attach::{AttachError, Process};
 
@@ -239,6 +240,14 @@ impl SourceMachine for Source {
             Arc::clone(&self.regions),
             &self.layout,
             Arc::clone(&self.memory),
+        )))
+    }
+
+    fn tracker(&self) -> Option<Box<dyn DirtyTracker>> {
+        Some(Box::new(QemuTracker::new(
+            Arc::clone(&self.process),
+            Arc::clone(&self.regions),
+            &self.layout,
         )))
     }
 

@@ -1,0 +1,186 @@
+//! Which pages a QEMU's guest and its devices write: [`WriteWatch`] on every mapping of the RAM's files.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use lazyvm_server::port::{DirtyTracker, MachineError};
+use lazyvm_wire::{Gpa, Layout, PAGE_SHIFT, PageIndex, PageRange};
+use nix::libc;
+
+use super::memory::{self, RamRegion};
+use crate::attach::Process;
+use crate::dirty::WriteWatch;
+
+/// Why a QEMU's writes can't be noted.
+#[derive(Debug, thiserror::Error)]
+enum TrackError {
+    #[error("can't look at the open files of this QEMU")]
+    Files(#[source] std::io::Error),
+    #[error(
+        "this QEMU has {0} open, through which a device may write to RAM unseen (O_DIRECT, VFIO, vDPA): let its drives use \
+         cache=writeback, or move with post-copy"
+    )]
+    Unseen(String),
+    #[error("process {0} has this VM's RAM mapped as well, and its writes would not be seen")]
+    OtherUser(i32),
+    #[error("QEMU's mappings of its RAM have changed, so that writes may have been missed")]
+    Changed,
+    #[error("part of the RAM {0} is not found in QEMU's memory map")]
+    NotMapped(String),
+    #[error("writes are not being noted")]
+    NotStarted,
+}
+
+/// A piece of RAM as QEMU has it mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Piece {
+    host: u64,
+    bytes: u64,
+    first: PageIndex,
+}
+
+/// See the module.
+pub(super) struct QemuTracker {
+    process: Arc<Process>,
+    regions: Arc<[RamRegion]>,
+    layout: Layout,
+    pieces: Vec<Piece>,
+    watch: Option<WriteWatch>,
+}
+
+impl QemuTracker {
+    pub fn new(process: Arc<Process>, regions: Arc<[RamRegion]>, layout: &Layout) -> Self {
+        Self {
+            process,
+            regions,
+            layout: layout.clone(),
+            pieces: Vec::new(),
+            watch: None,
+        }
+    }
+
+    /// Every shared mapping of every region, ascending: the guest's own and those that QEMU has besides.
+    fn find(&self) -> Result<Vec<Piece>, MachineError> {
+        let mappings = self.process.mappings()?;
+        let mut pieces = Vec::new();
+        for region in self.regions.iter() {
+            let first = self.layout.page_of(Gpa(region.gpa));
+            let first = first.ok_or_else(|| TrackError::NotMapped(region.name.clone()))?;
+            let file = region.file.metadata()?;
+            let device = (
+                u64::from(libc::major(file.dev())),
+                u64::from(libc::minor(file.dev())),
+            );
+            let region_end = region.offset + region.bytes;
+            let before = pieces.len();
+            for mapping in mappings.iter().filter(|mapping| {
+                mapping.shared && mapping.inode == file.ino() && mapping.device == device
+            }) {
+                let mapping_end = mapping.offset + (mapping.end - mapping.start);
+                let from = mapping.offset.max(region.offset);
+                let to = mapping_end.min(region_end);
+                if from < to {
+                    pieces.push(Piece {
+                        host: mapping.start + (from - mapping.offset),
+                        bytes: to - from,
+                        first: PageIndex(first.0 + ((from - region.offset) >> PAGE_SHIFT)),
+                    });
+                }
+            }
+            let covered: u64 = pieces[before..]
+                .iter()
+                .filter(|piece| {
+                    piece.host >= region.host && piece.host < region.host + region.bytes
+                })
+                .map(|piece| piece.bytes)
+                .sum();
+            if covered < region.bytes {
+                return Err(TrackError::NotMapped(region.name.clone()).into());
+            }
+        }
+        // The kernel may split and join mappings; what lies side by side is one.
+        pieces.sort_by_key(|piece| piece.host);
+        pieces.dedup_by(|next, last| {
+            let joins = last.host + last.bytes == next.host
+                && last.first.0 + (last.bytes >> PAGE_SHIFT) == next.first.0;
+            if joins {
+                last.bytes += next.bytes;
+            }
+            joins
+        });
+        Ok(pieces)
+    }
+
+    fn check(&self) -> Result<(), MachineError> {
+        if let Some(found) = unseen_writer(self.process.pid()).map_err(TrackError::Files)? {
+            return Err(TrackError::Unseen(found).into());
+        }
+        Ok(())
+    }
+}
+
+/// A file of the process through which RAM may be written past the page tables: a read with `O_DIRECT` that is under way,
+/// or a device that has the RAM pinned.
+fn unseen_writer(pid: i32) -> std::io::Result<Option<String>> {
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
+        let number = entry.file_name();
+        let target = fs::read_link(entry.path()).unwrap_or_default();
+        let target = target.to_string_lossy().into_owned();
+        let information = format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy());
+        // It may have been closed meanwhile.
+        let information = fs::read_to_string(information).unwrap_or_default();
+        let flags = information
+            .lines()
+            .find_map(|line| line.strip_prefix("flags:"))
+            .and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok())
+            .unwrap_or(0);
+        let pins = ["/dev/vfio", "/dev/vhost-vdpa", "/dev/iommu"];
+        if flags & libc::O_DIRECT != 0 && target.starts_with('/')
+            || pins.iter().any(|pin| target.starts_with(pin))
+        {
+            return Ok(Some(target));
+        }
+    }
+    Ok(None)
+}
+
+impl DirtyTracker for QemuTracker {
+    fn start(&mut self) -> Result<(), MachineError> {
+        self.watch = None;
+        self.check()?;
+        for region in self.regions.iter() {
+            let others = memory::users(&region.file, &[self.process.pid()]);
+            if let Some(&pid) = others.first() {
+                return Err(TrackError::OtherUser(pid).into());
+            }
+        }
+        self.pieces = self.find()?;
+        let ranges = self.pieces.iter().map(|piece| (piece.host, piece.bytes));
+        self.watch = Some(WriteWatch::start(&self.process, ranges.collect())?);
+        Ok(())
+    }
+
+    fn collect(&mut self, dirty: &mut dyn FnMut(PageRange)) -> Result<(), MachineError> {
+        self.check()?;
+        if self.find()? != self.pieces {
+            return Err(TrackError::Changed.into());
+        }
+        let watch = self.watch.as_mut().ok_or(TrackError::NotStarted)?;
+        let pieces = &self.pieces;
+        watch.collect(&mut |start, end| {
+            let at = pieces.partition_point(|piece| piece.host + piece.bytes <= start);
+            if let Some(piece) = pieces.get(at) {
+                let page = piece.first.0 + ((start - piece.host) >> PAGE_SHIFT);
+                dirty(PageRange::new(PageIndex(page), (end - start) >> PAGE_SHIFT));
+            }
+        })?;
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), MachineError> {
+        self.watch = None;
+        Ok(())
+    }
+}
