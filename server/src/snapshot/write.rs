@@ -95,11 +95,6 @@ impl Writer {
         self.id
     }
 
-    /// Bytes in the memory file so far.
-    pub fn bytes(&self) -> u64 {
-        self.end
-    }
-
     /// These are the chunk's pages from here on, whatever they were.
     pub fn put(&mut self, chunk: u64, pages: &[u8]) -> Result<(), SnapshotError> {
         let data = data_mask(pages);
