@@ -1,7 +1,5 @@
 //! `lazyvm snapshot` is killed at any instant.
 
-use std::time::Duration;
-
 use lazyvm_server::snapshot::Snapshot;
 use nix::sys::signal::Signal;
 
@@ -27,9 +25,8 @@ fn killed_at_any_instant_it_leaves_the_old_one_or_the_new_one() {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         let program = home.start("snapshot", &mut snapshot(&home, "a", "snap", &[]));
         // Up to the time that a whole one takes, and somewhat more.
-        std::thread::sleep(Duration::from_nanos(
-            (seed >> 32) * (whole.as_nanos() as u64 * 5 / 4) >> 32,
-        ));
+        let part = (seed >> 32) as f64 / f64::from(u32::MAX);
+        std::thread::sleep(whole.mul_f64(part * 1.25));
         program.signal(Signal::SIGKILL);
         drop(program);
         let found = Snapshot::open(&home.path("snap")).unwrap();
