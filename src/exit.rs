@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use lazyvm_pager::uffd::RegisterError;
 use lazyvm_pager::{ConnectError, PagerError};
-use lazyvm_server::{RecordError, ServerError};
+use lazyvm_server::{RecordError, ServerError, snapshot};
 use lazyvm_vmm_glue::attach::AttachError;
 use lazyvm_vmm_glue::firecracker;
 use lazyvm_vmm_glue::firecracker::api::ApiError;
@@ -76,7 +76,9 @@ impl Exit {
             Self::Refused => {
                 "refused: the destination can't run this VM, which runs on at the source"
             }
-            Self::Integrity => "integrity: --verify found pages that differ from the source's",
+            Self::Integrity => {
+                "integrity: --verify found pages that differ from the source's, or a snapshot's files are damaged"
+            }
             Self::Environment => {
                 "this host lacks something: KVM, userfaultfd, memory, a free port, a machine at the socket"
             }
@@ -147,6 +149,8 @@ fn of_one(error: &(dyn Error + 'static)) -> Option<Exit> {
         .or_else(|| error.downcast_ref().and_then(of_firecracker_source))
         .or_else(|| error.downcast_ref().and_then(of_firecracker))
         .or_else(|| error.is::<SnapshotError>().then_some(Exit::Usage))
+        .or_else(|| error.downcast_ref().map(of_snapshot))
+        .or_else(|| error.downcast_ref().and_then(of_taking))
         .or_else(|| error.downcast_ref().and_then(of_qemu_source))
         .or_else(|| error.downcast_ref().and_then(of_qemu_destination))
         .or_else(|| error.is::<CompatibilityError>().then_some(Exit::Refused))
@@ -255,6 +259,28 @@ fn of_firecracker_source(error: &firecracker::source::SourceError) -> Option<Exi
         SourceError::Api(error) => of_api(error),
         SourceError::Folder(_) | SourceError::NoRoom { .. } => Some(Exit::Environment),
         SourceError::NotRunning { .. } | SourceError::Device(_) => Some(Exit::Usage),
+        _ => None,
+    }
+}
+
+fn of_snapshot(error: &snapshot::SnapshotError) -> Exit {
+    use snapshot::SnapshotError;
+    match error {
+        SnapshotError::Damaged { .. } | SnapshotError::Chunk { .. } => Exit::Integrity,
+        SnapshotError::Io { .. } | SnapshotError::Random => Exit::Environment,
+        SnapshotError::None(_)
+        | SnapshotError::Base { .. }
+        | SnapshotError::OtherBase { .. }
+        | SnapshotError::Foreign { .. }
+        | SnapshotError::Busy(_)
+        | SnapshotError::TooLarge => Exit::Usage,
+    }
+}
+
+/// One that shows itself as its cause has only that one's causes.
+fn of_taking(error: &snapshot::TakeError) -> Option<Exit> {
+    match error {
+        snapshot::TakeError::Files(error) => Some(of_snapshot(error)),
         _ => None,
     }
 }

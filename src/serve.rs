@@ -100,7 +100,7 @@ struct Source {
     /// The API socket of a Firecracker
     #[arg(long, value_name = "API_SOCK")]
     firecracker: Option<PathBuf>,
-    /// A directory with a snapshot that Firecracker wrote: served to any number of destinations, until a signal comes
+    /// A directory with a snapshot that lazyvm snapshot or Firecracker wrote: served to any number of destinations, until a signal comes
     #[arg(long, value_name = "DIR")]
     snapshot: Option<PathBuf>,
 }

@@ -175,6 +175,9 @@ impl Conversation<'_> {
             }
             Action::Release => {
                 self.blocking(|session| {
+                    if let Some(profile) = &session.profile {
+                        profile.finished();
+                    }
                     // The move is done whatever comes of this; both failures are for the operator to see.
                     if let Err(error) = session.config.machine.release() {
                         tracing::warn!(session = %session.id, %error, "the moved machine could not be ended here");

@@ -19,6 +19,7 @@ mod rate;
 mod record;
 pub mod scheduler;
 mod session;
+pub mod snapshot;
 pub mod trace;
 mod warm_up;
 

@@ -46,6 +46,12 @@ pub trait SourceMachine: Send + Sync {
         None
     }
 
+    /// What is known from earlier times of the pages that the machine needs first, for one session; `None` where nothing
+    /// is kept.
+    fn profile(&self) -> Option<Box<dyn Profile>> {
+        None
+    }
+
     /// Everything that a pause needs and that can be done while the machine runs: [`SourceMachine::pause`] follows at
     /// once. On failure the machine runs on.
     ///
@@ -100,6 +106,18 @@ pub trait DirtyTracker: Send {
     /// # Errors
     /// The machine's own.
     fn stop(&mut self) -> Result<(), MachineError>;
+}
+
+/// Which pages a machine needed first wherever it went on, kept from one session to the next. Hints, as a [`Scout`]'s are.
+pub trait Profile: Send + Sync {
+    /// The pages, the first needed first.
+    fn lead(&self) -> Vec<PageRange>;
+
+    /// The destination waited for these pages. Called on the fault lane: must not block.
+    fn demanded(&self, range: PageRange);
+
+    /// The destination has everything: what was heard may be kept. May block.
+    fn finished(&self);
 }
 
 /// Finds out which pages a machine needs first where it goes on. What it finds are hints: a wrong one costs time, and

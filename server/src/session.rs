@@ -15,7 +15,7 @@ use tokio::sync::{Notify, watch};
 use crate::early::Early;
 use crate::frames::FrameReader;
 use crate::handover::{Action, EndReason, Event, Handover, Phase};
-use crate::port::{Hints, Scout, SourceMachine};
+use crate::port::{Hints, Profile, Scout, SourceMachine};
 use crate::record::SessionRecord;
 use crate::scheduler::{Batch, PushScheduler, VirtualOrder};
 use crate::trace::{Recorder, Trace};
@@ -110,6 +110,8 @@ pub(crate) struct Session {
     /// What watched the machine, for a last look when it is paused.
     pub scout: Mutex<Option<Box<dyn Scout>>>,
     paused: Mutex<Option<Paused>>,
+    /// What earlier sessions needed first, and what this one does.
+    pub profile: Option<Box<dyn Profile>>,
 }
 
 /// What the pause gave.
@@ -143,6 +145,7 @@ impl Session {
             early: Mutex::new(Early::new(config.machine.layout(), seed(id))),
             early_arrived: Notify::new(),
             scout: Mutex::new(None),
+            profile: config.machine.profile(),
             config,
             counters: Counters::default(),
             verify: AtomicBool::new(false),
@@ -323,6 +326,12 @@ impl Session {
 
     /// What the paused machine needs first. Blocks.
     pub fn last_look(self: &Arc<Self>) -> Look {
+        if let Some(profile) = &self.profile {
+            return Look {
+                lead: profile.lead(),
+                ..Look::default()
+            };
+        }
         let hints = self.look_paused();
         if let Some(recorder) = &self.config.trace {
             recorder.hints(&hints);
@@ -466,6 +475,9 @@ impl Session {
             .fetch_add(range.count, Ordering::Relaxed);
         if let Some(recorder) = &self.config.trace {
             recorder.touched(range.first);
+        }
+        if let Some(profile) = &self.profile {
+            profile.demanded(range);
         }
         if let Some(push) = lock(&self.push).as_mut() {
             push.fault(range);

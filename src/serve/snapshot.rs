@@ -1,4 +1,4 @@
-//! `lazyvm serve --snapshot`: a Firecracker's snapshot, for as many destinations as come.
+//! `lazyvm serve --snapshot`: a snapshot of lazyvm's or of a Firecracker's, for as many destinations as come.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use lazyvm_server::{FleetConfig, FleetHandle, Phase, Server};
+use lazyvm_server::port::SourceMachine;
+use lazyvm_server::{FleetConfig, FleetHandle, Phase, Server, snapshot};
 use lazyvm_vmm_glue::firecracker::snapshot::{SnapshotFiles, SnapshotMachine, SnapshotOptions};
 use lazyvm_wire::trust::Identity;
 use nix::sys::signal::Signal;
@@ -44,21 +45,11 @@ pub fn serve(args: &ServeArgs, directory: &Path) -> anyhow::Result<Exit> {
         return Err(Problem::new(Exit::Usage, text).into());
     }
     let signals = Signals::hold().context("can't handle signals")?;
-    let flags = &args.files;
-    let files = SnapshotFiles::find(
-        directory,
-        flags.state_file.as_deref(),
-        flags.memory_file.as_deref(),
-    )?;
-    let options = SnapshotOptions {
-        huge_pages: flags.huge_pages,
-        is_whole: flags.memory_is_whole,
-    };
-    let machine = SnapshotMachine::open(&files, options)?;
+    let machine = open(&args.files, directory)?;
     let identity = Identity::generate()?;
     let server = Server::bind_as(args.listen, &identity, args.rival())?;
     let fleet = server.add_fleet(FleetConfig {
-        machine: Arc::new(machine),
+        machine,
         ticket_lifetime: args.ticket_lifetime.unwrap_or(TICKET_LIFETIME),
         max_bandwidth: args.bytes_a_second(),
     })?;
@@ -67,8 +58,6 @@ pub fn serve(args: &ServeArgs, directory: &Path) -> anyhow::Result<Exit> {
     tracing::info!(
         ticket = %fleet.id(),
         %listening,
-        state = %files.state.display(),
-        memory = %files.memory.display(),
         "waiting for destinations; the ticket is for all of them"
     );
     ticket::hand_out(
@@ -87,6 +76,42 @@ pub fn serve(args: &ServeArgs, directory: &Path) -> anyhow::Result<Exit> {
         .build()
         .context("can't wait for destinations")?
         .block_on(until_signalled(&fleet, signals_heard))
+}
+
+/// The snapshot in `directory`, whoever wrote it.
+fn open(flags: &Files, directory: &Path) -> anyhow::Result<Arc<dyn SourceMachine>> {
+    if snapshot::is_snapshot(directory) {
+        let named = flags.state_file.is_some() || flags.memory_file.is_some();
+        if named || flags.huge_pages || flags.memory_is_whole {
+            let text = "the snapshot in this directory was written by lazyvm snapshot, and says itself what its files are";
+            return Err(Problem::new(Exit::Usage, text).into());
+        }
+        let machine = snapshot::SnapshotMachine::open(directory)?;
+        let manifest = machine.snapshot().manifest();
+        tracing::info!(
+            snapshot = %manifest.id,
+            kind = manifest.offer.kind,
+            memory_bytes = manifest.layout.bytes(),
+            "a snapshot of lazyvm's"
+        );
+        return Ok(Arc::new(machine));
+    }
+    let files = SnapshotFiles::find(
+        directory,
+        flags.state_file.as_deref(),
+        flags.memory_file.as_deref(),
+    )?;
+    let options = SnapshotOptions {
+        huge_pages: flags.huge_pages,
+        is_whole: flags.memory_is_whole,
+    };
+    let machine = SnapshotMachine::open(&files, options)?;
+    tracing::info!(
+        state = %files.state.display(),
+        memory = %files.memory.display(),
+        "a snapshot of Firecracker's"
+    );
+    Ok(Arc::new(machine))
 }
 
 /// A first signal lets nobody else in and waits for those who need memory from here; a second one ends that.

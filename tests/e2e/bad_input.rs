@@ -355,7 +355,6 @@ fn what_is_not_in_this_release() {
         "serve --vm s --mode precopy",
         "serve --vm s --mode stop",
         "resume t --disk a=b",
-        "snapshot --vm s d",
         "bench wan --mode hybrid --compare qemu",
     ] {
         let said = says(lazyvm().args(line.split_ascii_whitespace()), 2);
