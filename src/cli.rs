@@ -33,7 +33,7 @@ pub enum Command {
     /// Run a VM in the built-in KVM monitor, until it ends or has been moved away
     Run(RunArgs),
     /// At the source: offer a VM, print its ticket, and serve its memory until the destination has all of it
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// At the destination: take the VM over that a ticket names, and run it while its memory arrives
     Resume(ResumeArgs),
     /// Write a VM to files; the VM goes on (not in this release)

@@ -59,9 +59,15 @@ pub struct ServeArgs {
     /// Record the session here, for its owner alone; lazyvm status reads it
     #[arg(long, value_name = "DIR")]
     session_dir: Option<PathBuf>,
-    /// How the VM is moved; only postcopy is in this release
+    /// How the VM is moved
     #[arg(long, default_value = "postcopy")]
     mode: Mode,
+    /// How long memory goes ahead of the pause at most in hybrid and precopy [default: as long as that pays]
+    #[arg(long, value_name = "TIME", value_parser = units::duration)]
+    precopy_limit: Option<Duration>,
+    /// How long the VM may stand still for what is left in precopy
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = units::duration)]
+    downtime_limit: Duration,
     /// Limit of the background push; pages that the VM waits for are not limited
     #[arg(long, value_name = "RATE", value_parser = units::rate)]
     max_bandwidth: Option<u64>,
@@ -118,15 +124,35 @@ pub enum Mode {
     Stop,
 }
 
+impl From<Mode> for lazyvm_server::Mode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Postcopy => Self::Postcopy,
+            Mode::Hybrid => Self::Hybrid,
+            Mode::Precopy => Self::Precopy,
+            Mode::Stop => Self::Stop,
+        }
+    }
+}
+
 impl ServeArgs {
     fn refuse_what_is_not_there(&self) -> Result<(), Problem> {
-        let later = [
-            (!self.disk.is_empty(), "--disk"),
-            (self.mode != Mode::Postcopy, "a --mode other than postcopy"),
-        ];
-        match later.iter().find(|(asked, _)| *asked) {
-            Some((_, what)) => Err(Problem::not_in_this_release(what)),
-            None => Ok(()),
+        if self.mode == Mode::Stop && self.source.firecracker.is_some() {
+            return Err(Problem::new(
+                Exit::Usage,
+                "a Firecracker makes its memory while it starts, so it can't wait for all of it: leave --mode stop out",
+            ));
+        }
+        if self.mode != Mode::Postcopy && self.source.snapshot.is_some() {
+            return Err(Problem::new(
+                Exit::Usage,
+                "a snapshot does not run, so nothing of it can go ahead: leave --mode out",
+            ));
+        }
+        if self.disk.is_empty() {
+            Ok(())
+        } else {
+            Err(Problem::not_in_this_release("--disk"))
         }
     }
 
@@ -190,6 +216,9 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
         ticket_lifetime,
         max_bandwidth: args.bytes_a_second(),
         warm_up: args.warm_up,
+        mode: args.mode.into(),
+        precopy_limit: args.precopy_limit,
+        downtime_limit: args.downtime_limit,
         record,
         trace: args
             .record_trace

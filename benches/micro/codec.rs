@@ -19,6 +19,7 @@ use lazyvm_wire::control::{
     Decoder, Hello, Lane, SWITCHOVER_MAX, Switchover, ToDestination, ToSource, Welcome, encode,
 };
 use lazyvm_wire::frame::{FaultRequest, FrameHeader, FrameKind};
+use lazyvm_wire::held::HeldRun;
 use lazyvm_wire::ledger::SUPPORTED;
 use lazyvm_wire::trust::Fingerprint;
 use lazyvm_wire::{Layout, MachineOffer, PageIndex, PageMap, PageRange, Secret, SessionId, Ticket};
@@ -81,7 +82,8 @@ fn control(criterion: &mut Criterion) {
     let switchover = Switchover {
         state: Random::new(2).bytes(STATE_BYTES),
         page_map: runs(4 * GIB_PAGES, 1000).encode(),
-        held: runs(4 * GIB_PAGES, 1000).encode(),
+        held: lazyvm_wire::held::encode(&held_runs(1000)).0,
+        wait: false,
     };
     message(
         &mut group,
@@ -89,6 +91,16 @@ fn control(criterion: &mut Criterion) {
         &ToDestination::Switchover(Box::new(switchover)),
     );
     group.finish();
+}
+
+/// As many runs of pages that hold, of two rounds.
+fn held_runs(count: u64) -> Vec<HeldRun> {
+    (0..count)
+        .map(|number| HeldRun {
+            range: PageRange::new(PageIndex(number * 1000), 300),
+            round: 1 + (number % 2) as u8,
+        })
+        .collect()
 }
 
 fn message<M: Serialize + DeserializeOwned + Debug>(

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use bitvec::prelude::{BitSlice, Lsb0};
+use lazyvm_wire::held::HeldRun;
 use lazyvm_wire::{Layout, PageRange};
 use quinn::Connection;
 use tokio::sync::Notify;
@@ -109,14 +109,14 @@ impl Core {
     }
 
     /// Takes in pages as they were at some instant before the pause.
-    pub fn keep_early(&self, range: PageRange, data: &[u8]) -> Result<(), InstallError> {
-        self.installer.keep(range, data, |range, data| {
+    pub fn keep_early(&self, range: PageRange, round: u8, data: &[u8]) -> Result<(), InstallError> {
+        self.installer.keep(range, round, data, |range, data| {
             self.install(range, data, Origin::Early).map(|_| ())
         })
     }
 
-    /// Takes in which of them are still the same, a bit for each page; how many of those are here.
-    pub fn hold(&self, held: &BitSlice<u64, Lsb0>) -> Result<u64, InstallError> {
+    /// Takes in which of them are still the same; how many of those are here.
+    pub fn hold(&self, held: &[HeldRun]) -> Result<u64, InstallError> {
         let pages = self.installer.hold(held)?;
         if let Some(verifier) = &self.verifier {
             let compared = self

@@ -8,6 +8,7 @@ use lazyvm_quic::{ControlStreamError, close_code, describe};
 use lazyvm_wire::control::{
     CONTROL_MAX, Rejection, Switchover, ToDestination, ToSource, short_text, switchover_max,
 };
+use lazyvm_wire::held::{self, HeldError};
 use lazyvm_wire::{PageMap, PageMapError, PageRange};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -61,6 +62,8 @@ enum Lost {
     Lane(String),
     #[error("the page map can't be read")]
     Map(#[from] PageMapError),
+    #[error(transparent)]
+    Held(#[from] HeldError),
     #[error("the page map can't be taken in")]
     Install(#[from] InstallError),
 }
@@ -84,6 +87,8 @@ pub(crate) struct Driver {
     pub unplaced: Option<Unplaced>,
     /// The owner has let go of its handle; what is under way goes on.
     pub alone: bool,
+    /// The machine is to be started when all its pages are here.
+    pub waiting: Option<Arc<Switchover>>,
     /// Pages that the page map has made zero, until the verifier knows of them.
     pub zeros: Vec<PageRange>,
     /// What the source last said when it let nobody in.
@@ -154,6 +159,10 @@ impl Driver {
                 }
                 () = all_here(core.as_deref()), if *self.handover.phase() == Phase::Running => {
                     self.complete().await
+                }
+                () = all_here(core.as_deref()), if self.waiting.is_some() => {
+                    self.stop_waiting();
+                    None
                 }
                 Some(end) = lanes.join_next(), if self.needs_lanes() && !lanes.is_empty() => {
                     return Err(Lost::Lane(end.unwrap_or_else(|error| error.to_string())));
@@ -248,7 +257,13 @@ impl Driver {
                     return Ok(None);
                 }
                 self.handover.handle(Event::Switchover);
-                self.stage.set(Stage::Switched(switchover));
+                if switchover.wait && self.core.is_some() {
+                    self.waiting = Some(switchover);
+                    // The verifier is among what is waited for.
+                    self.note_zeros();
+                } else {
+                    self.stage.set(Stage::Switched(switchover));
+                }
                 Ok(None)
             }
             ToDestination::Running { downtime_us } => {
@@ -272,9 +287,9 @@ impl Driver {
     fn take_over(&mut self, core: &Core, switchover: &Switchover) -> Result<(), Lost> {
         let start = Instant::now();
         let map = PageMap::decode(&switchover.page_map, core.layout.pages())?;
-        let held = PageMap::decode(&switchover.held, core.layout.pages())?;
+        let held = held::decode(&switchover.held, core.layout.pages())?;
         core.installer.apply_map(map.bits())?;
-        core.hold(held.bits())?;
+        core.hold(&held)?;
         tracing::debug!(
             us = start.elapsed().as_micros() as u64,
             bytes = switchover.page_map.len(),
@@ -291,6 +306,16 @@ impl Driver {
             .store(bytes as u64, Ordering::Relaxed);
         core.check_all_here();
         Ok(())
+    }
+
+    /// All pages of a machine that waits for them are here: it is started, and its memory is let go of once it runs.
+    fn stop_waiting(&mut self) {
+        if let Some(switchover) = self.waiting.take() {
+            self.stage.set(Stage::Switched(switchover));
+        }
+        if let Some(core) = &self.core {
+            core.check_all_here();
+        }
     }
 
     /// Maps the pages that came early, so that the guest need not wait for it.

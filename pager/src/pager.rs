@@ -118,6 +118,7 @@ pub fn connect(ticket: &Ticket, options: Options) -> Result<Offer, PagerError> {
         core: None,
         unplaced: None,
         alone: false,
+        waiting: None,
         zeros: Vec::new(),
         rejection: None,
     };

@@ -123,7 +123,7 @@ impl Input {
     /// Puts the pages of a frame in place, a part at a time.
     async fn install(&mut self, core: &Core, header: FrameHeader) -> Result<(), PushError> {
         let put = |part, data: &[u8]| match header.kind {
-            FrameKind::Early => core.keep_early(part, data),
+            FrameKind::Early => core.keep_early(part, header.round, data),
             _ => core.install(part, data, Origin::Push).map(|_| ()),
         };
         if header.encoding == Encoding::Plain {

@@ -7,10 +7,10 @@ mod common;
 
 use std::sync::{Arc, Mutex};
 
-use bitvec::prelude::{BitVec, Lsb0};
 use common::{Handler, Image, Kind, Random, installer, read_page};
 use lazyvm_pager::install::Installer;
 use lazyvm_pager::table::PageState;
+use lazyvm_wire::held::HeldRun;
 use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange};
 use proptest::prelude::*;
 
@@ -26,15 +26,27 @@ fn image() -> Arc<Image> {
     }))
 }
 
-fn keep(installer: &Installer, range: PageRange, data: &[u8]) -> Vec<PageRange> {
+fn keep(installer: &Installer, range: PageRange, round: u8, data: &[u8]) -> Vec<PageRange> {
     let mut late = Vec::new();
     installer
-        .keep(range, data, |range, data| {
+        .keep(range, round, data, |range, data| {
             late.push(range);
             installer.install(range, data).map(|_| ())
         })
         .expect("an early page");
     late
+}
+
+/// A run for each page that holds, as the source tells it.
+fn held(rounds: &[u8]) -> Vec<HeldRun> {
+    (0..)
+        .zip(rounds)
+        .filter(|(_, round)| **round > 0)
+        .map(|(number, &round)| HeldRun {
+            range: page(number),
+            round,
+        })
+        .collect()
 }
 
 /// What the guest sees, page for page.
@@ -66,46 +78,47 @@ proptest! {
         };
         let mut random = Random::new(seed);
         let pages = image.layout.pages();
-        let mut held: BitVec<u64, Lsb0> = BitVec::repeat(false, pages as usize);
-        let mut sent = vec![false; pages as usize];
-        let mut late = Vec::new();
+        // The last round in which a page went, and that one if its copy was right.
+        let mut last = vec![0_u8; pages as usize];
+        let mut right = vec![0_u8; pages as usize];
+        let mut frames = Vec::new();
         for &number in &touched {
             installer.table().fault(PageIndex(number));
         }
         for (first, count) in early {
-            // One frame: pages of one region that went neither before.
             let end = if first < 48 { 48 } else { pages };
             let range = PageRange::new(PageIndex(first), count.min(end - first));
-            if range.pages().any(|page| std::mem::replace(&mut sent[page.as_usize()], true)) {
-                for page in range.pages() {
-                    sent[page.as_usize()] = true;
-                    held.set(page.as_usize(), false);
-                }
-                continue;
-            }
+            let bits = first as usize..range.end().as_usize();
+            let round = 1 + last[bits.clone()].iter().copied().max().unwrap_or(0) + random.below(3) as u8;
             let mut data = image.of(range).to_vec();
             for (page, bytes) in range.pages().zip(data.chunks_exact_mut(PAGE_SIZE)) {
-                let right = random.below(3) > 0 && image.map[page.as_usize()];
-                held.set(page.as_usize(), right);
-                if !right {
-                    bytes.fill(0xee);
+                let is_right = random.below(3) > 0 && image.map[page.as_usize()];
+                last[page.as_usize()] = round;
+                right[page.as_usize()] = if is_right { round } else { 0 };
+                if !is_right {
+                    bytes.fill(random.below(200) as u8 + 1);
                 }
             }
-            if random.below(4) == 0 {
-                late.push((range, data));
-            } else {
-                prop_assert!(keep(&installer, range, &data).is_empty());
-            }
+            frames.push((range, round, data));
         }
+        // Streams arrive in any order, some of them after the switchover.
+        for at in (1..frames.len()).rev() {
+            frames.swap(at, random.below(at as u64 + 1) as usize);
+        }
+        let before = random.below(frames.len() as u64 + 1) as usize;
+        for (range, round, data) in &frames[..before] {
+            prop_assert!(keep(&installer, *range, *round, data).is_empty());
+        }
+        let held = held(&right);
         installer.apply_map(&image.map).expect("a map");
         let here = installer.hold(&held).expect("held pages");
-        prop_assert!(here <= held.count_ones() as u64);
+        prop_assert!(here <= held.len() as u64);
         if random.below(2) == 0 {
             installer.map_held().expect("mapped");
         }
-        for (range, data) in late {
-            for part in keep(&installer, range, &data) {
-                prop_assert!(part.pages().all(|page| held[page.as_usize()]));
+        for (range, round, data) in &frames[before..] {
+            for part in keep(&installer, *range, *round, data) {
+                prop_assert!(part.pages().all(|page| right[page.as_usize()] == *round));
             }
         }
         let installer = Arc::new(installer);
@@ -126,20 +139,20 @@ fn the_rest_is_right_too_when_the_memory_is_let_go() {
         return;
     };
     let pages = image.layout.pages();
-    let mut held: BitVec<u64, Lsb0> = BitVec::repeat(false, pages as usize);
+    let mut rounds = vec![0; pages as usize];
     for number in 0..pages {
         // Every other page holds; what is zero at the pause was something else before.
         let right = number % 2 == 0 && image.map[number as usize];
-        held.set(number as usize, right);
+        rounds[number as usize] = u8::from(right);
         let data = if right {
             image.page(number).to_vec()
         } else {
             vec![7; PAGE_SIZE]
         };
-        keep(&installer, page(number), &data);
+        keep(&installer, page(number), 1, &data);
     }
     installer.apply_map(&image.map).expect("a map");
-    installer.hold(&held).expect("held pages");
+    installer.hold(&held(&rounds)).expect("held pages");
     assert_eq!(installer.table().state(PageIndex(0)), Some(PageState::Held));
     let missing: Vec<_> = installer.table().missing().collect();
     for range in missing {
@@ -164,12 +177,10 @@ fn a_page_that_the_file_lost_is_asked_for() {
         return;
     };
     for number in 0..8 {
-        keep(&installer, page(number), image.page(number));
+        keep(&installer, page(number), 1, image.page(number));
     }
     installer.apply_map(&image.map).expect("a map");
-    let mut held: BitVec<u64, Lsb0> = BitVec::repeat(false, image.layout.pages() as usize);
-    held[..3].fill(true);
-    assert_eq!(installer.hold(&held).expect("held pages"), 3);
+    assert_eq!(installer.hold(&held(&[1, 1, 1])).expect("held pages"), 3);
     let (file, start) = installer.memory().regions()[0]
         .file
         .clone()
@@ -202,7 +213,7 @@ fn memory_without_a_file_takes_nothing_early() {
     };
     assert!(!installer.takes_early());
     let never = Mutex::new(false);
-    let refused = installer.keep(page(0), image.page(0), |_, _| {
+    let refused = installer.keep(page(0), 1, image.page(0), |_, _| {
         *never.lock().expect("unpoisoned") = true;
         Ok(())
     });

@@ -21,6 +21,12 @@ use crate::session::{Session, lock};
 /// enough for what a stream costs by itself to be lost in it.
 const STREAM_BYTES: usize = 4 << 20;
 
+/// The same before the pause, where it must be known what has arrived.
+const EARLY_STREAM_BYTES: usize = 1 << 20;
+
+/// What is under way at least before anything waits for it to arrive.
+const WINDOW_MIN: u64 = 64 << 10;
+
 /// Frames of zeros that are gathered before they go: about a packet's worth.
 const ZERO_FRAMES: usize = 48;
 
@@ -54,6 +60,7 @@ pub(crate) async fn push(session: &Arc<Session>, connection: &Connection) -> Res
         limit,
         rest: None,
         chunks: Vec::new(),
+        unacked: 0,
         reads: 0,
         packer: Packer::default(),
     };
@@ -84,6 +91,8 @@ struct Pusher<'a> {
     rest: Option<(SendStream, usize)>,
     /// Frames that are to go.
     chunks: Vec<Bytes>,
+    /// Bytes of pages before the pause on the stream `rest`.
+    unacked: u64,
     reads: u64,
     packer: Packer,
 }
@@ -91,14 +100,8 @@ struct Pusher<'a> {
 impl Pusher<'_> {
     /// Pushes what goes next; `false` when there is nothing.
     async fn push_next(&mut self) -> Result<bool, PushError> {
-        if let Some(range) = self.session.next_early() {
-            let session = self.session;
-            session
-                .frames
-                .early_frames(range, &mut self.chunks, |run, bytes| {
-                    lock(&session.early).sent(run, bytes);
-                });
-            self.send_rest().await?;
+        if let Some((range, round)) = self.session.next_early() {
+            self.push_early(range, round).await?;
             return Ok(true);
         }
         let Some(batch) = self.session.next_batch(READ_PAGES_MAX) else {
@@ -127,12 +130,53 @@ impl Pusher<'_> {
         Ok(true)
     }
 
+    /// Sends pages before the pause.
+    async fn push_early(&mut self, range: PageRange, round: u8) -> Result<(), PushError> {
+        let session = self.session;
+        session.frames.early_frames(
+            range,
+            round,
+            &mut self.packer,
+            &mut self.chunks,
+            |run, bytes| {
+                let mut early = lock(&session.early);
+                match bytes {
+                    Some(bytes) => early.sent(run, bytes),
+                    None => early.not_sent(run),
+                }
+            },
+        );
+        let bytes = self.chunks.iter().map(Bytes::len).sum::<usize>() as u64;
+        self.unacked += bytes;
+        lock(&session.early).under_way(bytes);
+        self.send_rest().await?;
+        if self
+            .rest
+            .as_ref()
+            .is_some_and(|(_, taken)| *taken >= EARLY_STREAM_BYTES)
+        {
+            self.finish_rest();
+        }
+        self.reads += 1;
+        if self.reads.is_multiple_of(READS_IN_A_ROW) {
+            self.look_at_path();
+        }
+        Ok(())
+    }
+
     /// What the path carries: a congestion window a round trip.
     fn look_at_path(&mut self) {
         let path = self.connection.stats().path;
         let limit = self.session.config.max_bandwidth.unwrap_or(u64::MAX);
         let carries = path.cwnd as f64 / path.rtt.as_secs_f64().max(1e-6);
-        self.packer.path_carries(carries.min(limit as f64));
+        let carries = carries.min(limit as f64);
+        self.packer.path_carries(carries);
+        let session = self.session;
+        session
+            .path_bytes_s
+            .store(carries as u64, Ordering::Relaxed);
+        let window = path.cwnd.max(WINDOW_MIN);
+        session.path_window.store(window, Ordering::Relaxed);
     }
 
     /// A window goes on a stream of its own, ahead of what is waiting to be sent.
@@ -166,25 +210,28 @@ impl Pusher<'_> {
         Ok(())
     }
 
-    /// There is nothing to send for now. Who waits for what went before the pause hears when it has arrived.
+    /// There is nothing to send for now.
     fn finish_last(&mut self) {
-        if let Some((mut stream, _)) = self.rest.take() {
-            let _ = stream.finish();
+        self.look_at_path();
+        self.finish_rest();
+        self.session.early_moved.notify_waiters();
+    }
+
+    /// Ends the stream. Who waits for what went before the pause hears when it has arrived.
+    fn finish_rest(&mut self) {
+        let Some((mut stream, _)) = self.rest.take() else {
+            return;
+        };
+        let _ = stream.finish();
+        let bytes = std::mem::take(&mut self.unacked);
+        if bytes > 0 {
             let arrived = stream.stopped();
             let session = self.session.clone();
             tokio::spawn(async move {
                 if arrived.await.is_ok() {
-                    session.early_has_arrived();
+                    session.early_has_arrived(bytes);
                 }
             });
-        } else if self.session.phase() == Phase::Offered {
-            self.session.early_has_arrived();
-        }
-    }
-
-    fn finish_rest(&mut self) {
-        if let Some((mut stream, _)) = self.rest.take() {
-            let _ = stream.finish();
         }
     }
 

@@ -76,8 +76,14 @@ impl Conversation<'_> {
             let message: ToSource = tokio::select! {
                 message = receiver.recv(limit) => message?,
                 // One that ended early has done what it could.
-                Some(_) = warming.join_next() => {
-                    self.take(Event::Ready).await?;
+                Some(warmed) = warming.join_next() => {
+                    match warmed {
+                        Ok(Err(why)) => {
+                            self.take(Event::GaveUp(why)).await?;
+                            return Ok(());
+                        }
+                        _ => self.take(Event::Ready).await?,
+                    }
                     continue;
                 }
             };

@@ -72,43 +72,41 @@ impl FrameReader {
                 stats.raw_pages += run.count;
                 let start = ((run.first.0 - range.first.0) as usize) * PAGE_SIZE;
                 let pages = payload.slice(start..start + run.bytes() as usize);
-                if let Some((encoding, packed)) = packer.pack(&pages) {
-                    let head = FrameHeader::packed(run, FrameKind::Raw, encoding, packed.len());
-                    out.push(Bytes::copy_from_slice(&head.encode()));
-                    out.push(packed.into());
-                } else {
-                    out.push(header(run, FrameKind::Raw));
-                    out.push(pages);
-                }
+                append(FrameHeader::new(run, FrameKind::Raw), pages, packer, out);
             }
             rest = PageRange::new(run.end(), rest.count - run.count);
         }
         stats
     }
 
-    /// Appends a frame with the pages as they are now, while the machine runs, and passes their bytes to `sent`. What
-    /// is zero or can't be read now is left to the push.
+    /// Appends frames with the pages as they are now, while the machine runs, as part of a round, and passes each run's
+    /// bytes to `sent`: `None` for what is zero or can't be read now, which is left to the push.
     pub fn early_frames(
         &self,
         range: PageRange,
+        round: u8,
+        packer: &mut Packer,
         out: &mut Vec<Bytes>,
-        mut sent: impl FnMut(PageRange, &[u8]),
+        mut sent: impl FnMut(PageRange, Option<&[u8]>),
     ) {
         let mut buffer = Pool::take(&self.pool, range.bytes() as usize);
         if self.memory.read(range, &mut buffer.bytes).is_err() {
+            sent(range, None);
             return;
         }
         let payload = Bytes::from_owner(buffer);
         let mut rest = range;
-        while let Some((run, zero)) =
-            next_run(&payload, range.first, rest).filter(|_| !rest.is_empty())
+        while !rest.is_empty()
+            && let Some((run, zero)) = next_run(&payload, range.first, rest)
         {
-            if !zero {
+            if zero {
+                sent(run, None);
+            } else {
                 let start = ((run.first.0 - range.first.0) as usize) * PAGE_SIZE;
                 let bytes = payload.slice(start..start + run.bytes() as usize);
-                sent(run, &bytes);
-                out.push(header(run, FrameKind::Early));
-                out.push(bytes);
+                sent(run, Some(&bytes));
+                let header = FrameHeader::new(run, FrameKind::Early).in_round(round);
+                append(header, bytes, packer, out);
             }
             rest = PageRange::new(run.end(), rest.count - run.count);
         }
@@ -167,6 +165,20 @@ impl FrameReader {
 
 pub(crate) fn header(range: PageRange, kind: FrameKind) -> Bytes {
     Bytes::copy_from_slice(&FrameHeader::new(range, kind).encode())
+}
+
+/// Appends a frame of these pages, compressed where that is worth it.
+fn append(header: FrameHeader, pages: Bytes, packer: &mut Packer, out: &mut Vec<Bytes>) {
+    let (header, payload) = match packer.pack(&pages) {
+        Some((encoding, packed)) => {
+            let packed_header =
+                FrameHeader::packed(header.range, header.kind, encoding, packed.len());
+            (packed_header.in_round(header.round), packed.into())
+        }
+        None => (header, pages),
+    };
+    out.push(Bytes::copy_from_slice(&header.encode()));
+    out.push(payload);
 }
 
 /// The longest run at the start of `rest` that is all zero or has no zero page, and which of the two.

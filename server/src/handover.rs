@@ -69,6 +69,8 @@ pub enum Event {
     Ready,
     /// The destination says no.
     Refused(String),
+    /// The machine can't be moved the way that was asked for.
+    GaveUp(String),
     /// The machine is stopped, or could not be.
     Paused(Result<(), String>),
     /// The record is on disk, or could not be written.
@@ -140,6 +142,10 @@ impl Handover {
             (Phase::Offered, Event::Ready) => self.go(Phase::Pausing, vec![Action::Pause]),
             (Phase::Offered, Event::Refused(reason)) => {
                 self.end(EndReason::Refused(reason), vec![])
+            }
+            (Phase::Offered, Event::GaveUp(reason)) => {
+                let reason = EndReason::MachineFailed(reason);
+                self.end(reason.clone(), vec![Action::SendRejected(reason)])
             }
             (Phase::Offered, Event::PeerLost) => self.end(EndReason::PeerLost, vec![]),
             (Phase::Offered, Event::Withdrawn) => self.end(EndReason::Withdrawn, vec![]),

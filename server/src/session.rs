@@ -6,17 +6,19 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use lazyvm_quic::describe;
 use lazyvm_wire::control::{Hello, Lane, Rejection, Switchover, Welcome};
+use lazyvm_wire::held;
 use lazyvm_wire::ledger::SUPPORTED;
 use lazyvm_wire::trust::Fingerprint;
-use lazyvm_wire::{PageMap, PageMapError, PageRange, Secret, SessionId};
+use lazyvm_wire::{PageIndex, PageMap, PageMapError, PageRange, Secret, SessionId};
 use quinn::Connection;
 use tokio::sync::{Notify, watch};
 
 use crate::early::Early;
 use crate::frames::FrameReader;
 use crate::handover::{Action, EndReason, Event, Handover, Phase};
-use crate::port::{Hints, Profile, Scout, SourceMachine};
+use crate::port::{DirtyTracker, Hints, Profile, Scout, SourceMachine};
 use crate::record::SessionRecord;
+use crate::rounds::Mode;
 use crate::scheduler::{Batch, PushScheduler, VirtualOrder};
 use crate::trace::{Recorder, Trace};
 
@@ -33,6 +35,13 @@ pub struct SessionConfig {
     /// How long the running machine is watched before the pause, and what it needs first is sent. Without a
     /// [`Scout`](crate::port::Scout), or with zero, the pause comes at once.
     pub warm_up: Duration,
+    /// How the machine is moved. Without a [`DirtyTracker`], or with a destination that can't take pages before the
+    /// pause, [`Mode::Hybrid`] is [`Mode::Postcopy`], and [`Mode::Precopy`] fails.
+    pub mode: Mode,
+    /// How long memory goes ahead of the pause; `None` for as long as it pays.
+    pub precopy_limit: Option<Duration>,
+    /// How long the machine may stand still for what is left in [`Mode::Precopy`].
+    pub downtime_limit: Duration,
     /// Where the session is recorded; `None` for a machine whose loss nobody minds (benchmarks, tests).
     pub record: Option<SessionRecord>,
     /// Records which pages the machine touches, for the simulator; nothing is pushed meanwhile.
@@ -48,6 +57,9 @@ impl SessionConfig {
             push: true,
             max_bandwidth: None,
             warm_up: WARM_UP,
+            mode: Mode::default(),
+            precopy_limit: None,
+            downtime_limit: DOWNTIME_LIMIT,
             record: None,
             trace: None,
         }
@@ -56,6 +68,9 @@ impl SessionConfig {
 
 /// How long the running machine is watched, unless said otherwise: a hot set shows within half a second.
 pub const WARM_UP: Duration = Duration::from_secs(1);
+
+/// How long a machine may stand still in pre-copy, unless said otherwise: what QEMU and libvirt take for it.
+pub const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
 
 /// How far a session is. Counts pages of 4 KiB.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,8 +120,15 @@ pub(crate) struct Session {
     phase: watch::Sender<Phase>,
     push: Mutex<Option<PushScheduler>>,
     pub early: Mutex<Early>,
-    /// All that went early has arrived.
-    pub early_arrived: Notify,
+    /// Something of what goes early was sent, or has arrived.
+    pub early_moved: Notify,
+    /// What the path of the push has under way at most, in bytes, and what it carries, in bytes a second; 0 until known.
+    pub path_window: AtomicU64,
+    pub path_bytes_s: AtomicU64,
+    /// What notes the machine's writes, until it is the destination's.
+    tracker: Mutex<Option<Box<dyn DirtyTracker>>>,
+    /// Pages that were written after they had gone, and have not gone again.
+    residual: Mutex<Vec<PageIndex>>,
     /// What watched the machine, for a last look when it is paused.
     pub scout: Mutex<Option<Box<dyn Scout>>>,
     paused: Mutex<Option<Paused>>,
@@ -143,7 +165,11 @@ impl Session {
             expires_at_s,
             frames: Arc::new(FrameReader::new(config.machine.memory())),
             early: Mutex::new(Early::new(config.machine.layout(), seed(id))),
-            early_arrived: Notify::new(),
+            early_moved: Notify::new(),
+            path_window: AtomicU64::new(0),
+            path_bytes_s: AtomicU64::new(0),
+            tracker: Mutex::new(None),
+            residual: Mutex::new(Vec::new()),
             scout: Mutex::new(None),
             profile: config.machine.profile(),
             config,
@@ -194,7 +220,7 @@ impl Session {
             version: hello.versions.newest_common(SUPPORTED)?,
             layout: self.config.machine.layout().clone(),
             offer: self.config.machine.offer(),
-            mode: "postcopy".to_owned(),
+            mode: self.config.mode.name().to_owned(),
         })
     }
 
@@ -292,27 +318,33 @@ impl Session {
         let at = Instant::now();
         let state = machine.pause().map_err(|error| describe(error.as_ref()))?;
         let paused = at.elapsed();
+        self.last_writes();
         let map = self.page_map().inspect_err(|_| self.resume())?;
         self.counters
             .data
             .store(map.data_pages(), Ordering::Relaxed);
-        let held = lock(&self.early).held(machine.memory().as_ref(), &map);
-        let held = match &self.config.trace {
-            Some(recorder) => {
-                recorder.paused(Trace::at_pause(&map, &held, state.len() as u64), at);
-                PageMap::zeroed(map.bits().len() as u64)
-            }
-            None => held,
-        };
+        let mut runs = lock(&self.early).held(machine.memory().as_ref(), &map);
+        if let Some(recorder) = &self.config.trace {
+            let held = map_of(&map, &runs);
+            recorder.paused(Trace::at_pause(&map, &held, state.len() as u64), at);
+            runs.clear();
+        }
+        let (held, told) = held::encode(&runs);
+        runs.truncate(told);
         let switchover = Switchover {
             state,
             page_map: map.encode(),
-            held: held.encode(),
+            held,
+            wait: self.config.mode.waits(),
         };
+        let held = map_of(&map, &runs);
         tracing::debug!(
             session = %self.id,
             state_us = paused.as_micros() as u64,
             map_us = (at.elapsed() - paused).as_micros() as u64,
+            data_pages = map.data_pages(),
+            held_pages = held.data_pages(),
+            residual_pages = lock(&self.residual).len(),
             "the machine is paused"
         );
         *lock(&self.paused) = Some(Paused {
@@ -342,10 +374,87 @@ impl Session {
                 }
             });
         }
+        let residual = self.take_residual();
+        // It is the destination's now.
+        *lock(&self.tracker) = None;
         Look {
             order: Arc::new(VirtualOrder::new(&hints.virtual_order)),
-            lead: [hints.tables, hints.processor, hints.code, hints.hot].concat(),
+            lead: [
+                hints.tables,
+                hints.processor,
+                residual,
+                hints.code,
+                hints.hot,
+            ]
+            .concat(),
         }
+    }
+
+    /// Begins to note the machine's writes; `false` where that can't be. Blocks.
+    pub fn track(&self) -> bool {
+        let Some(mut tracker) = self.config.machine.tracker() else {
+            return false;
+        };
+        if let Err(error) = tracker.start() {
+            let error = describe(error.as_ref());
+            tracing::warn!(session = %self.id, %error, "the VM's writes can't be noted");
+            return false;
+        }
+        lock(&self.early).writes_are_tracked();
+        *lock(&self.tracker) = Some(tracker);
+        true
+    }
+
+    /// Hears which pages were written; gives those that had gone. Nothing that went counts where that fails. Blocks.
+    pub fn collect_writes(&self) -> Result<Vec<PageIndex>, String> {
+        let mut tracker = lock(&self.tracker);
+        let Some(active) = tracker.as_mut() else {
+            return Ok(Vec::new());
+        };
+        let mut stale = Vec::new();
+        let collected = active.collect(&mut |range| {
+            lock(&self.early).written(range, |page| stale.push(page));
+        });
+        if let Err(error) = collected {
+            lock(&self.early).give_up();
+            *tracker = None;
+            return Err(describe(error.as_ref()));
+        }
+        Ok(stale)
+    }
+
+    /// What was written up to the pause. Blocks.
+    fn last_writes(&self) {
+        match self.collect_writes() {
+            Ok(stale) => lock(&self.residual).extend(stale),
+            Err(error) => {
+                tracing::warn!(session = %self.id, %error, "the VM's last writes are not known: all pages go again");
+            }
+        }
+    }
+
+    /// These pages were written after they had gone, and do not go again before the pause.
+    pub fn leave_for_push(&self, stale: Vec<PageIndex>) {
+        lock(&self.residual).extend(stale);
+    }
+
+    /// What is left of pre-copy, what was written most often first.
+    fn take_residual(&self) -> Vec<PageRange> {
+        let mut pages = std::mem::take(&mut *lock(&self.residual));
+        let early = lock(&self.early);
+        pages.sort_unstable_by_key(|&page| (std::cmp::Reverse(early.heat(page)), page));
+        pages.into_iter().map(PageRange::one).collect()
+    }
+
+    /// All pages that hold data while the machine runs. Blocks.
+    pub fn data_now(&self) -> Result<Vec<PageRange>, String> {
+        let mut runs = Vec::new();
+        self.config
+            .machine
+            .memory()
+            .data_runs(&mut |range| runs.push(range))
+            .map_err(|error| format!("can't find the data in the machine's memory: {error}"))?;
+        Ok(runs)
     }
 
     fn look_paused(&self) -> Hints {
@@ -373,6 +482,7 @@ impl Session {
     pub fn resume(&self) {
         *lock(&self.push) = None;
         *lock(&self.paused) = None;
+        *lock(&self.tracker) = None;
         if let Err(error) = self.config.machine.resume() {
             let error = describe(error.as_ref());
             tracing::error!(session = %self.id, %error, "the machine stands paused and can't be resumed");
@@ -443,28 +553,34 @@ impl Session {
         self.push_wake.notify_waiters();
     }
 
-    /// The next pages that go before the pause, if any.
-    pub fn next_early(&self) -> Option<PageRange> {
+    /// The next pages that go before the pause, and their round, if any.
+    pub fn next_early(&self) -> Option<(PageRange, u8)> {
         if self.phase() != Phase::Offered {
             return None;
         }
         lock(&self.early).next()
     }
 
-    /// What went before the pause has arrived.
-    pub fn early_has_arrived(&self) {
-        lock(&self.early).arrived();
-        self.early_arrived.notify_waiters();
+    /// So many bytes of what goes before the pause have arrived.
+    pub fn early_has_arrived(&self, bytes: u64) {
+        lock(&self.early).arrived(bytes);
+        self.early_moved.notify_waiters();
     }
 
-    /// Waits until all that was queued to go before the pause has arrived.
-    pub async fn early_settled(&self) {
+    /// Waits until all that was queued to go before the pause is on the path, and nothing of it waits here.
+    pub async fn early_sent(&self) {
         loop {
-            let arrived = self.early_arrived.notified();
-            if !lock(&self.early).is_pending() {
-                return;
+            let moved = self.early_moved.notified();
+            tokio::pin!(moved);
+            moved.as_mut().enable();
+            {
+                let early = lock(&self.early);
+                let window = self.path_window.load(Ordering::Relaxed);
+                if early.waiting() == 0 && early.unacked() <= window {
+                    return;
+                }
             }
-            arrived.await;
+            moved.await;
         }
     }
 
@@ -520,6 +636,15 @@ pub(crate) fn now_s() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
+}
+
+/// A bit for each page of these runs, as many as the image has.
+fn map_of(image: &PageMap, runs: &[held::HeldRun]) -> PageMap {
+    let mut map = PageMap::zeroed(image.bits().len() as u64);
+    for run in runs {
+        map.set_data(run.range);
+    }
+    map
 }
 
 /// A number that nobody outside of the session knows.

@@ -18,7 +18,7 @@ use crate::units;
 /// Flags of `bench wan`.
 #[derive(Args)]
 pub struct WanArgs {
-    /// How the VM is moved; only postcopy is in this release
+    /// How the VM is moved
     #[arg(long, default_value = "postcopy")]
     mode: Mode,
     #[command(flatten)]
@@ -151,6 +151,7 @@ impl WanArgs {
                 cold_per_million: self.guest.cold_per_million,
             },
             kernel: self.guest.kernel.clone(),
+            mode: self.mode.into(),
             compare_qemu: self.compare == Peer::Qemu,
             runs: self.runs,
             within: self.within,
@@ -162,9 +163,6 @@ impl WanArgs {
 
 /// Runs it.
 pub fn wan(args: &WanArgs) -> anyhow::Result<Exit> {
-    if args.mode != Mode::Postcopy {
-        return Err(Problem::not_in_this_release("a --mode other than postcopy").into());
-    }
     let outcome = wan::run(&args.setup()?, |what| tracing::info!("{what}"));
     let outcome = outcome.map_err(|error| match exit(&error) {
         Some(exit) => Problem::new(exit, error.to_string()).into(),

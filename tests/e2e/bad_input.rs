@@ -351,11 +351,7 @@ fn memory_sizes_that_differ() {
 fn what_is_not_in_this_release() {
     for line in [
         "serve --vm s --disk a=b",
-        "serve --vm s --mode hybrid",
-        "serve --vm s --mode precopy",
-        "serve --vm s --mode stop",
         "resume t --disk a=b",
-        "bench wan --mode hybrid --compare qemu",
     ] {
         let said = says(lazyvm().args(line.split_ascii_whitespace()), 2);
         assert_says(&said, &["not in this release"]);

@@ -11,6 +11,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::bounded;
+use crate::held::HELD_BYTES_MAX;
 use crate::layout::Layout;
 use crate::ledger::{Version, VersionRange};
 use crate::machine::{COMPATIBILITY_MAX, MachineOffer, STATE_MAX};
@@ -27,11 +28,11 @@ pub const HELLO_MAX: usize = 512;
 pub const CONTROL_MAX: usize = COMPATIBILITY_MAX + 64 * 1024;
 
 /// Largest [`ToDestination::Switchover`] of any image, in bytes.
-pub const SWITCHOVER_MAX: usize = STATE_MAX + 2 * PAGE_MAP_BYTES_MAX + 4096;
+pub const SWITCHOVER_MAX: usize = STATE_MAX + PAGE_MAP_BYTES_MAX + HELD_BYTES_MAX + 4096;
 
 /// Largest [`ToDestination::Switchover`] of an image of `pages` pages, in bytes.
 pub fn switchover_max(pages: u64) -> usize {
-    STATE_MAX + 2 * page_map_bytes_max(pages) + 4096
+    STATE_MAX + page_map_bytes_max(pages) + HELD_BYTES_MAX + 4096
 }
 
 /// Largest [`ToSource`] of an image of `pages` pages, in bytes.
@@ -130,12 +131,15 @@ pub struct Switchover {
         deserialize_with = "bounded::bytes::<_, PAGE_MAP_BYTES_MAX>"
     )]
     pub page_map: Vec<u8>,
-    /// The pages that came early and have not changed since, written alike; each is in the page map too.
+    /// The pages that came early and have not changed since, and in which round, as [`crate::held::encode`] writes them;
+    /// each is in the page map too.
     #[serde(
         serialize_with = "bounded::serialize_bytes",
-        deserialize_with = "bounded::bytes::<_, PAGE_MAP_BYTES_MAX>"
+        deserialize_with = "bounded::bytes::<_, HELD_BYTES_MAX>"
     )]
     pub held: Vec<u8>,
+    /// The machine is to be started only when all its pages are here.
+    pub wait: bool,
 }
 
 /// Without the state, which holds the guest's registers and with them its secrets.
@@ -145,6 +149,7 @@ impl fmt::Debug for Switchover {
             .field("state_len", &self.state.len())
             .field("page_map_len", &self.page_map.len())
             .field("held_len", &self.held.len())
+            .field("wait", &self.wait)
             .finish()
     }
 }

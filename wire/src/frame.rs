@@ -14,7 +14,8 @@
 //!         12  payload     u32, bytes that follow the header
 //!         16  kind        u8: 0 zero, 1 raw, 2 digests, 3 digest of zeros, 4 unreadable, 5 early
 //!         17  encoding    u8: 0 plain; of raw and early frames also 1 LZ4 block, 2 Zstandard frame
-//!         18  reserved    six bytes, zero
+//!         18  round       u8: of early frames 1 to 255, in which round the pages went; else zero
+//!         19  reserved    five bytes, zero
 //! ```
 
 use zerocopy::little_endian::{U32, U64};
@@ -55,7 +56,8 @@ struct RawFrame {
     payload: U32,
     kind: u8,
     encoding: u8,
-    reserved: [u8; 6],
+    round: u8,
+    reserved: [u8; 5],
 }
 
 /// What a frame says of its pages.
@@ -72,7 +74,7 @@ pub enum FrameKind {
     /// The source can't read them. They must not be made up; no payload.
     Unreadable,
     /// The payload is their bytes at some instant before the pause. They count where the switchover says that they did
-    /// not change since. No page comes early twice.
+    /// not change since. A page may come in several rounds, and only what a later one brings counts.
     Early,
 }
 
@@ -157,6 +159,8 @@ pub struct FrameHeader {
     pub kind: FrameKind,
     /// How the payload is written.
     pub encoding: Encoding,
+    /// In which round an early frame's pages went, from 1 on; 0 for all other kinds.
+    pub round: u8,
     payload: u32,
 }
 
@@ -189,6 +193,9 @@ pub enum FrameError {
     /// An unknown encoding, or one that the kind may not have.
     #[error("a frame of an unknown encoding {0}")]
     Encoding(u8),
+    /// An early frame without a round, or a round of another kind.
+    #[error("a frame of round {0}, which its kind can't have")]
+    Round(u8),
     /// A reserved field that is not zero.
     #[error("a frame whose reserved bytes are not zero")]
     Reserved,
@@ -234,6 +241,7 @@ impl FrameHeader {
             range,
             kind,
             encoding: Encoding::Plain,
+            round: u8::from(kind == FrameKind::Early),
             payload: saturate(kind.plain_len(range)),
         }
     }
@@ -245,6 +253,12 @@ impl FrameHeader {
             payload: saturate(payload as u64),
             ..Self::new(range, kind)
         }
+    }
+
+    /// The same as part of a round, from 1 on; for [`FrameKind::Early`] alone.
+    #[must_use]
+    pub fn in_round(self, round: u8) -> Self {
+        Self { round, ..self }
     }
 
     /// Bytes of payload that follow.
@@ -260,7 +274,8 @@ impl FrameHeader {
             payload: U32::new(self.payload),
             kind: self.kind.code(),
             encoding: self.encoding.code(),
-            reserved: [0; 6],
+            round: self.round,
+            reserved: [0; 5],
         })
     }
 
@@ -272,8 +287,11 @@ impl FrameHeader {
         let raw: RawFrame = zerocopy::transmute!(*bytes);
         let kind = FrameKind::from_code(raw.kind)?;
         let encoding = Encoding::from_code(raw.encoding)?;
-        if raw.reserved != [0; 6] {
+        if raw.reserved != [0; 5] {
             return Err(FrameError::Reserved);
+        }
+        if (raw.round != 0) != (kind == FrameKind::Early) {
+            return Err(FrameError::Round(raw.round));
         }
         let range = check_range(
             raw.first.get(),
@@ -299,6 +317,7 @@ impl FrameHeader {
             range,
             kind,
             encoding,
+            round: raw.round,
             payload,
         })
     }

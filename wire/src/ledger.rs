@@ -34,6 +34,11 @@ pub const LEDGER: &[Entry] = &[
         changes: "pages before the pause: early extents, what the destination can take of them (ready), which of \
                   them hold (switchover); version 1 is no longer spoken",
     },
+    Entry {
+        version: Version(3),
+        changes: "pre-copy: early extents of several rounds, which round's copy holds, a start that waits for all \
+                  pages (switchover); version 2 is no longer spoken",
+    },
 ];
 
 /// Versions that a side speaks, from `min` to `max`.
@@ -47,8 +52,8 @@ pub struct VersionRange {
 
 /// What this build speaks.
 pub const SUPPORTED: VersionRange = VersionRange {
-    min: Version(2),
-    max: Version(2),
+    min: Version(3),
+    max: Version(3),
 };
 
 impl VersionRange {

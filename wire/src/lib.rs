@@ -17,6 +17,7 @@ mod bounded;
 pub mod control;
 mod digest;
 pub mod frame;
+pub mod held;
 mod layout;
 pub mod ledger;
 mod machine;

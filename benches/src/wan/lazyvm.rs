@@ -89,6 +89,7 @@ fn serve(trial: &Trial<'_>, setup: &Setup, ticket: &Path) -> Result<Process, Wan
         .arg(trial.socket(End::Source))
         .args(["--listen", &format!("{SOURCE}:0"), "--ticket-file"])
         .arg(ticket)
+        .args(["--mode", setup.mode.name()])
         .args(&setup.serve_flags);
     let mut serve = trial.start(End::Source, "serve", command)?;
     serve.wait_for("the ticket", TICKET_WITHIN, || {

@@ -23,6 +23,7 @@ mod sys;
 pub mod traffic;
 mod trial;
 
+use lazyvm_server::Mode;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -51,6 +52,8 @@ pub struct Setup {
     pub workload: Workload,
     /// Its kernel; `None` is the one that the build has fetched.
     pub kernel: Option<PathBuf>,
+    /// How lazyvm moves it.
+    pub mode: Mode,
     /// Whether QEMU's own post-copy is measured too.
     pub compare_qemu: bool,
     /// How often; medians count.

@@ -91,7 +91,7 @@ impl Outcome {
         let path = &self.setup.path;
         let workload = &self.setup.workload;
         let mut out = json!({
-            "mode": "postcopy",
+            "mode": self.setup.mode.name(),
             "guest": self.setup.guest,
             "memory_bytes": self.setup.memory_bytes,
             "fill_bytes": workload.fill_bytes,

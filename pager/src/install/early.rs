@@ -1,16 +1,14 @@
 //! Pages that come before the machine is handed over.
 //!
-//! They are written to the memory's file, where nobody sees them: nothing is mapped there yet. The switchover says which
-//! of them have not changed at the source since; those are *held*, and a touch maps them. All others are stale, and what
-//! comes for them later is written over them.
-//!
-//! A page comes early once at most, so a copy that is still on its way at the switchover is the right one if the page is
-//! held, and is put in place like any other then.
+//! They are written to the memory's file, where nobody sees them: nothing is mapped there yet. They come in rounds, each of
+//! them with what the machine has written since the one before; streams arrive in any order, so only a later round's copy is
+//! written over an earlier one's. The switchover says of which round the copy is that has not changed at the source since.
+//! Where that one is here, the page is *held*, and a touch maps it. Where it is still on its way, it is put in place like
+//! any other when it comes. All others are stale, and what comes for them later is written over them.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use bitvec::field::BitField;
-use bitvec::prelude::{BitSlice, BitVec, Lsb0};
+use lazyvm_wire::held::HeldRun;
 use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange};
 
 use super::{InstallError, Installer, block_around};
@@ -21,18 +19,18 @@ use crate::table::after;
 /// Held pages that are mapped at a time.
 const MAP_PAGES: u64 = 64;
 
-/// A bit for each page.
-type Bits = BitVec<u64, Lsb0>;
+/// A round for each page; 0 for none.
+type Rounds = Vec<u8>;
 
 #[derive(Default)]
 enum State {
     /// Nothing came yet.
     #[default]
     Empty,
-    /// These pages are in the file; the switchover is to come.
-    Before(Bits),
-    /// The switchover was here; these pages hold, and are still on their way.
-    After(Bits),
+    /// The file holds the copy of these rounds; the switchover is to come.
+    Before(Rounds),
+    /// The switchover was here; the copies of these rounds hold, and are still on their way. Empty where none is.
+    After(Rounds),
 }
 
 #[derive(Default)]
@@ -55,14 +53,15 @@ impl Installer {
         self.memory().mode() == InstallMode::Minor
     }
 
-    /// Takes in pages that the machine had before it was handed over. Those that hold, and come after the switchover
-    /// said so, are passed to `late`, to be installed like any other.
+    /// Takes in pages as the machine had them in a round before it was handed over. Those that hold, and come after the
+    /// switchover said so, are passed to `late`, to be installed like any other.
     ///
     /// # Errors
     /// As [`Self::install`]; [`InstallError::NotWholeUnits`] too where the memory has no file.
     pub fn keep(
         &self,
         range: PageRange,
+        round: u8,
         data: &[u8],
         mut late: impl FnMut(PageRange, &[u8]) -> Result<(), InstallError>,
     ) -> Result<(), InstallError> {
@@ -70,58 +69,57 @@ impl Installer {
         if !self.takes_early() {
             return Err(InstallError::NotWholeUnits(range));
         }
-        let bits = range.first.as_usize()..range.end().as_usize();
+        let bytes_of = |run: PageRange| {
+            let start = (run.first.0 - range.first.0) as usize * PAGE_SIZE;
+            &data[start..start + run.bytes() as usize]
+        };
         let mut state = self.early.lock();
         if matches!(*state, State::Empty) {
-            *state = State::Before(Bits::repeat(false, self.table.pages() as usize));
+            *state = State::Before(vec![0; self.table.pages() as usize]);
         }
-        let holding = match &mut *state {
+        let holding: Vec<_> = match &mut *state {
             State::Before(kept) => {
-                self.filler
-                    .write_aside(range, data)
-                    .map_err(|cause| InstallError::of(range, cause))?;
-                kept[bits].fill(true);
+                let newer: Vec<_> = runs_where(kept, range, |known| known < round).collect();
+                for run in newer {
+                    self.filler
+                        .write_aside(run, bytes_of(run))
+                        .map_err(|cause| InstallError::of(run, cause))?;
+                    kept[run.first.as_usize()..run.end().as_usize()].fill(round);
+                }
                 return Ok(());
             }
-            State::After(late) => late.get(bits).map_or_else(Bits::new, BitSlice::to_bitvec),
+            State::After(late) => runs_where(late, range, |expected| expected == round).collect(),
             State::Empty => return Ok(()),
         };
         drop(state);
-        for run in runs_of(&holding) {
-            let start = run.first.as_usize() * PAGE_SIZE;
-            let bytes = &data[start..start + run.bytes() as usize];
-            late(
-                PageRange::new(PageIndex(range.first.0 + run.first.0), run.count),
-                bytes,
-            )?;
-        }
-        Ok(())
+        holding
+            .into_iter()
+            .try_for_each(|run| late(run, bytes_of(run)))
     }
 
-    /// Takes in which pages hold of those that came early, a bit for each, after [`Self::apply_map`]; gives how many
-    /// of them are here.
+    /// Takes in which pages hold of those that came early, after [`Self::apply_map`]; gives how many of them are here.
     ///
     /// # Errors
     /// A page that somebody waits for could not be mapped; it is asked for like any other then.
-    pub fn hold(&self, held: &BitSlice<u64, Lsb0>) -> Result<u64, InstallError> {
+    pub fn hold(&self, held: &[HeldRun]) -> Result<u64, InstallError> {
         let mut state = self.early.lock();
         let kept = match std::mem::take(&mut *state) {
             State::Before(kept) => kept,
-            // The machine stands still meanwhile, and most machines send nothing early.
-            _ if held.not_any() => Bits::new(),
-            _ => Bits::repeat(false, self.table.pages() as usize),
+            // The machine stands still meanwhile, and some machines send nothing early.
+            _ if held.is_empty() => Rounds::new(),
+            _ => vec![0; self.table.pages() as usize],
         };
-        let (here, late) = split(kept, held);
+        let (here, late) = split(&kept, held);
         *state = State::After(late);
         let _guard = self.guard.install();
         let mut result = Ok(());
-        for range in runs_of(&here) {
+        for &range in &here {
             for claimed in self.table.mark_held(range) {
                 result = result.and(self.map_claimed(claimed));
             }
         }
         result.map_err(|cause| InstallError::of(PageRange::one(PageIndex(0)), cause))?;
-        Ok(here.count_ones() as u64)
+        Ok(here.iter().map(|range| range.count).sum())
     }
 
     /// Maps all held pages, before they are touched.
@@ -210,29 +208,37 @@ impl Installer {
     }
 }
 
-/// Those of `held` that are in `kept`, and those that are not; both as long as `kept`. A word at a time: bits one by one
-/// take milliseconds for a large machine.
-fn split(kept: Bits, held: &BitSlice<u64, Lsb0>) -> (Bits, Bits) {
-    let (mut here, mut late) = (kept.clone(), kept);
-    let words = here
-        .as_raw_mut_slice()
-        .iter_mut()
-        .zip(late.as_raw_mut_slice());
-    for ((here, late), held) in words.zip(held.chunks(64)) {
-        let held: u64 = held.load_le();
-        *late = held & !*here;
-        *here &= held;
+/// The runs whose copy that holds is here, and the rounds of those that are still on their way.
+fn split(kept: &[u8], held: &[HeldRun]) -> (Vec<PageRange>, Rounds) {
+    let mut here: Vec<PageRange> = Vec::new();
+    let mut late = Rounds::new();
+    for held in held {
+        here.extend(runs_where(kept, held.range, |round| round == held.round));
+        for run in runs_where(kept, held.range, |round| round != held.round) {
+            late.resize(kept.len(), 0);
+            late[run.first.as_usize()..run.end().as_usize()].fill(held.round);
+        }
     }
     (here, late)
 }
 
-/// The runs of set bits.
-fn runs_of(bits: &Bits) -> impl Iterator<Item = PageRange> + '_ {
+/// The runs of pages of `range` whose round fits; none of what is past the rounds' end.
+fn runs_where(
+    rounds: &[u8],
+    range: PageRange,
+    fits: impl Fn(u8) -> bool,
+) -> impl Iterator<Item = PageRange> {
+    let rounds = rounds
+        .get(range.first.as_usize()..range.end().as_usize())
+        .unwrap_or_default();
     let mut at = 0;
     std::iter::from_fn(move || {
-        let first = at + bits[at..].first_one()?;
-        let count = bits[first..].leading_ones();
+        let first = at + rounds[at..].iter().position(|&round| fits(round))?;
+        let rest = &rounds[first..];
+        let count = rest.iter().position(|&round| !fits(round));
+        let count = count.unwrap_or(rest.len());
         at = first + count;
-        Some(PageRange::new(PageIndex(first as u64), count as u64))
+        let page = PageIndex(range.first.0 + first as u64);
+        Some(PageRange::new(page, count as u64))
     })
 }

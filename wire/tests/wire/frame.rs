@@ -72,10 +72,26 @@ fn reserved_bytes_are_zero() {
         assert_eq!(FaultRequest::decode(&bytes, 10), Err(FrameError::Reserved));
     }
     let good = FrameHeader::new(range(1, 1), FrameKind::Raw).encode();
-    for at in 18..FRAME_HEADER_LEN {
+    for at in 19..FRAME_HEADER_LEN {
         let mut bytes = good;
         bytes[at] = 1;
         assert_eq!(FrameHeader::decode(&bytes, 10), Err(FrameError::Reserved));
+    }
+}
+
+#[test]
+fn only_early_frames_have_a_round() {
+    for kind in KINDS {
+        let header = FrameHeader::new(range(1, 1), kind);
+        for round in [0, 1, 7, 255] {
+            let bytes = header.in_round(round).encode();
+            if (round != 0) == (kind == FrameKind::Early) {
+                assert_eq!(FrameHeader::decode(&bytes, 10).unwrap().round, round);
+            } else {
+                let refused = FrameHeader::decode(&bytes, 10);
+                assert_eq!(refused, Err(FrameError::Round(round)));
+            }
+        }
     }
 }
 

@@ -104,6 +104,7 @@ fn no_debug_output_shows_a_secret_or_a_state() {
         state: vec![samples::SECRET_BYTE; 32],
         page_map: Vec::new(),
         held: Vec::new(),
+        wait: false,
     };
     for shown in [
         format!("{:?}", samples::secret()),
@@ -181,11 +182,12 @@ fn any_to_destination() -> impl Strategy<Value = ToDestination> {
         );
     prop_oneof![
         welcome,
-        (bytes(), bytes(), bytes()).prop_map(|(state, page_map, held)| {
+        (bytes(), bytes(), bytes(), any::<bool>()).prop_map(|(state, page_map, held, wait)| {
             ToDestination::Switchover(Box::new(Switchover {
                 state,
                 page_map,
                 held,
+                wait,
             }))
         }),
         text().prop_map(|text| ToDestination::Rejected(Rejection::Machine(text))),

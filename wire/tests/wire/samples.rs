@@ -118,7 +118,8 @@ pub fn to_destination() -> Vec<ToDestination> {
         ToDestination::Switchover(Box::new(Switchover {
             state: vec![1, 2, 3, 4, 5],
             page_map: page_map().encode(),
-            held: page_map().encode(),
+            held: vec![3, 2, 1, 0, 1, 2],
+            wait: true,
         })),
         ToDestination::Running {
             downtime_us: 12_345,
