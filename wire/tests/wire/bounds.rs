@@ -50,7 +50,7 @@ fn a_length_that_the_message_does_not_hold_is_refused() {
 fn a_switchover_has_a_state_of_the_largest_length_and_no_longer() {
     const SWITCHOVER: u8 = 3;
     let lengths = |state: usize| {
-        let written = (SWITCHOVER, ByteRun(state), ByteRun(1), ByteRun(1));
+        let written = (SWITCHOVER, ByteRun(state), ByteRun(1), ByteRun(1), false);
         decode_as(&written).map(|message| match message {
             ToDestination::Switchover(switchover) => switchover.state.len(),
             other => panic!("{other:?}"),
