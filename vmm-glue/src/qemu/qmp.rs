@@ -1,7 +1,8 @@
 //! A client of the QEMU machine protocol: QEMU's `docs/interop/qmp-spec`.
 //!
-//! One command at a time; what comes besides (events) is passed over: what is waited for is asked for, so that no event
-//! can be missed.
+//! One command at a time, each with a number (`id`) that its answer repeats. What comes besides is passed over: events,
+//! since what is waited for is asked for, so that none can be missed; and the answer to a command that was given up,
+//! which may come later and would be taken for the next one's otherwise.
 
 use std::io::{self, IoSlice, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -88,6 +89,9 @@ pub struct Qmp {
     stream: UnixStream,
     lines: Lines,
     version: String,
+    /// Of the last command.
+    id: u64,
+    answer_within: Duration,
 }
 
 impl Qmp {
@@ -107,6 +111,8 @@ impl Qmp {
             stream,
             lines: Lines::default(),
             version: String::new(),
+            id: 0,
+            answer_within: ANSWER_WITHIN,
         };
         let greeting = qmp
             .line(Instant::now() + GREETING_WITHIN)
@@ -117,6 +123,12 @@ impl Qmp {
         })?;
         qmp.run("qmp_capabilities", json!({}))?;
         Ok(qmp)
+    }
+
+    /// With another limit for answers.
+    #[cfg(test)]
+    pub(super) fn answer_within(&mut self, limit: Duration) {
+        self.answer_within = limit;
     }
 
     /// QEMU's version, to be shown.
@@ -183,22 +195,27 @@ impl Qmp {
             command: command.to_owned(),
             source,
         };
-        let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
+        self.id += 1;
+        let id = self.id;
+        let mut request =
+            json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
         request.push('\n');
         self.send(request.as_bytes(), fd).map_err(lost)?;
-        let deadline = Instant::now() + ANSWER_WITHIN;
+        let deadline = Instant::now() + self.answer_within;
         loop {
             let line = self.line(deadline).map_err(lost)?;
-            match Message::parse(&line) {
-                Ok(Message::Return(value)) => return Ok(value),
-                Ok(Message::Error(text)) => {
+            let message = Message::parse_with_id(&line)
+                .map_err(|error| lost(io::Error::new(io::ErrorKind::InvalidData, error)))?;
+            match message {
+                (Some(of), Message::Return(value)) if of == id => return Ok(value),
+                // Without a number: QEMU could not read the command, and so not its number.
+                (of, Message::Error(text)) if of.is_none_or(|of| of == id) => {
                     return Err(QmpError::Refused {
                         command: command.to_owned(),
                         text,
                     });
                 }
-                Ok(Message::Other(answer)) => tracing::trace!(%answer, "qemu"),
-                Err(error) => return Err(lost(io::Error::new(io::ErrorKind::InvalidData, error))),
+                (of, message) => tracing::trace!(of, ?message, "passed over"),
             }
         }
     }
@@ -268,56 +285,79 @@ fn invalid(what: &'static str) -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-    use std::os::unix::net::UnixListener;
-    use std::thread;
-
     use super::*;
+    use crate::qemu::peer::{Peer, conversation};
 
-    const GREETING: &str = r#"{"QMP":{"version":{"qemu":{"major":9,"minor":1,"micro":0}}}}"#;
-
-    /// Somebody who says `lines`, the first at once and each other one after it has read one.
-    fn conversation<T>(lines: &[&str], talk: impl FnOnce(&Path) -> T) -> T {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("qmp");
-        let listener = UnixListener::bind(&path).unwrap();
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                let (mut stream, _) = listener.accept().unwrap();
-                for line in lines {
-                    // Fails when the other side has had enough.
-                    let _ = stream.write_all(line.as_bytes());
-                    let _ = stream.read(&mut [0; 4096]);
-                }
-            });
-            talk(&path)
-        })
-    }
+    /// Long enough that an answer that is there is taken, and short to wait for one that is not.
+    const SOON: Duration = Duration::from_millis(200);
 
     #[test]
     fn events_between_a_command_and_its_answer_are_passed_over() {
-        let answers = [
-            &format!("{GREETING}\r\n"),
-            "{\"return\": {}}\r\n",
-            "{\"event\":\"STOP\"}\n{\"return\":{\"status\":\"paused\"}}\n",
-            "{\"error\":{\"class\":\"GenericError\",\"desc\":\"no\"}}\n",
-        ];
-        conversation(&answers, |path| {
-            let mut qmp = Qmp::connect(path).unwrap();
+        let answer = |peer: &mut Peer, request: &Value| {
+            peer.say(&json!({ "event": "STOP" }));
+            match request["execute"].as_str() {
+                Some("query-status") => peer.answer(request, json!({ "status": "paused" })),
+                Some("cont") => peer.refuse(request, "no"),
+                _ => return false,
+            }
+            true
+        };
+        conversation(answer, |qmp| {
             assert_eq!(qmp.version(), "9.1.0");
             assert_eq!(qmp.peer().unwrap(), std::process::id() as i32);
             assert_eq!(qmp.status().unwrap(), "paused");
             let refused = qmp.run("cont", json!({})).unwrap_err();
             assert_eq!(refused.to_string(), "QEMU refuses cont: no");
-            let lost = qmp.run("cont", json!({})).unwrap_err();
+            let lost = qmp.run("quit", json!({})).unwrap_err();
             assert!(matches!(lost, QmpError::Lost { .. }), "{lost}");
+        });
+    }
+
+    #[test]
+    fn a_late_answer_is_not_taken_for_the_next_commands() {
+        let mut held_back = None;
+        let answer = |peer: &mut Peer, request: &Value| {
+            match held_back.take() {
+                None => held_back = Some(request.clone()),
+                Some(late) => {
+                    peer.answer(&late, json!({ "status": "running" }));
+                    peer.say(&json!({ "event": "STOP" }));
+                    peer.answer(request, json!({ "status": "paused" }));
+                }
+            }
+            true
+        };
+        conversation(answer, |qmp| {
+            qmp.answer_within(SOON);
+            qmp.status().unwrap_err();
+            assert_eq!(qmp.status().unwrap(), "paused");
+        });
+    }
+
+    #[test]
+    fn a_late_refusal_is_not_taken_for_the_next_commands() {
+        let mut held_back = None;
+        let answer = |peer: &mut Peer, request: &Value| {
+            match held_back.take() {
+                None => held_back = Some(request.clone()),
+                Some(late) => {
+                    peer.refuse(&late, "late");
+                    peer.answer(request, json!({ "status": "paused" }));
+                }
+            }
+            true
+        };
+        conversation(answer, |qmp| {
+            qmp.answer_within(SOON);
+            qmp.status().unwrap_err();
+            assert_eq!(qmp.status().unwrap(), "paused");
         });
     }
 
     #[test]
     fn what_is_no_qmp_socket_is_told_so() {
         for nonsense in ["HTTP/1.1 400\r\n", "{}\n", "{\"QMP\":{}}\n"] {
-            let error = conversation(&[nonsense], |path| Qmp::connect(path).unwrap_err());
+            let error = Peer::greeting_with(nonsense, |path| Qmp::connect(path).unwrap_err());
             assert!(matches!(error, QmpError::NoGreeting { .. }), "{error}");
         }
         let error = Qmp::connect(Path::new("/nowhere/at/all")).unwrap_err();
