@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt::PeerCredentials};
 use serde_json::{Value, json};
 
@@ -64,6 +65,17 @@ pub enum QmpError {
         /// The system's answer.
         #[source]
         source: io::Error,
+    },
+    /// QEMU is there and silent.
+    #[error(
+        "QEMU has not answered {command} within {} s: it is stopped (kill -STOP, a debugger), or waits for a disk or for \
+         network storage; see to that, and try again", within.as_secs()
+    )]
+    NoAnswer {
+        /// What was asked. It may still be done, late.
+        command: String,
+        /// For how long the answer was waited for.
+        within: Duration,
     },
     /// QEMU refused.
     #[error("QEMU refuses {command}: {text}")]
@@ -191,21 +203,26 @@ impl Qmp {
         arguments: &Value,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value, QmpError> {
-        let lost = |source| QmpError::Lost {
-            command: command.to_owned(),
-            source,
+        let within = self.answer_within;
+        let failed = |source: io::Error| {
+            let command = command.to_owned();
+            match source.kind() {
+                io::ErrorKind::TimedOut => QmpError::NoAnswer { command, within },
+                _ => QmpError::Lost { command, source },
+            }
         };
         self.id += 1;
         let id = self.id;
         let mut request =
             json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
         request.push('\n');
-        self.send(request.as_bytes(), fd).map_err(lost)?;
-        let deadline = Instant::now() + self.answer_within;
+        let deadline = Instant::now() + within;
+        self.send(request.as_bytes(), fd, deadline)
+            .map_err(failed)?;
         loop {
-            let line = self.line(deadline).map_err(lost)?;
+            let line = self.line(deadline).map_err(failed)?;
             let message = Message::parse_with_id(&line)
-                .map_err(|error| lost(io::Error::new(io::ErrorKind::InvalidData, error)))?;
+                .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidData, error)))?;
             match message {
                 (Some(of), Message::Return(value)) if of == id => return Ok(value),
                 // Without a number: QEMU could not read the command, and so not its number.
@@ -220,22 +237,28 @@ impl Qmp {
         }
     }
 
-    fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        self.stream.set_write_timeout(Some(ANSWER_WITHIN))?;
+    fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>, deadline: Instant) -> io::Result<()> {
         let fds: Vec<_> = fd.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&fds)];
         let mut control = if fd.is_some() { &rights[..] } else { &[] };
         let mut rest = bytes;
         while !rest.is_empty() {
+            self.stream.set_write_timeout(Some(left(deadline)?))?;
             let sent = sendmsg::<()>(
                 self.stream.as_fd().as_raw_fd(),
                 &[IoSlice::new(rest)],
                 control,
                 MsgFlags::MSG_NOSIGNAL,
                 None,
-            )?;
-            control = &[];
-            rest = &rest[sent..];
+            );
+            match sent {
+                Ok(sent) => {
+                    control = &[];
+                    rest = &rest[sent..];
+                }
+                Err(Errno::EAGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+                Err(error) => return Err(error.into()),
+            }
         }
         Ok(())
     }
@@ -248,11 +271,7 @@ impl Qmp {
                 Ok(None) => {}
                 Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.stream.set_read_timeout(Some(left))?;
+            self.stream.set_read_timeout(Some(left(deadline)?))?;
             let mut piece = [0; 8192];
             match self.stream.read(&mut piece) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -264,6 +283,15 @@ impl Qmp {
                 Err(error) => return Err(error),
             }
         }
+    }
+}
+
+/// The time until then.
+fn left(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    match left.is_zero() {
+        true => Err(io::ErrorKind::TimedOut.into()),
+        false => Ok(left),
     }
 }
 
@@ -310,6 +338,23 @@ mod tests {
             assert_eq!(refused.to_string(), "QEMU refuses cont: no");
             let lost = qmp.run("quit", json!({})).unwrap_err();
             assert!(matches!(lost, QmpError::Lost { .. }), "{lost}");
+        });
+    }
+
+    #[test]
+    fn a_qemu_that_does_not_answer_is_told_apart_from_one_that_is_gone() {
+        let answer = |peer: &mut Peer, _: &Value| {
+            // What is no answer does not count as one.
+            peer.say(&json!({ "return": {} }));
+            peer.say(&json!({ "return": {}, "id": 1_000_000 }));
+            peer.say(&json!({ "return": {}, "id": "mine" }));
+            true
+        };
+        conversation(answer, |qmp| {
+            qmp.answer_within(SOON);
+            let error = qmp.run("quit", json!({})).unwrap_err();
+            assert!(matches!(error, QmpError::NoAnswer { .. }), "{error}");
+            assert!(error.to_string().contains("kill -STOP"), "{error}");
         });
     }
 

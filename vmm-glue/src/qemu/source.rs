@@ -219,6 +219,14 @@ fn check_movable(qmp: &mut Qmp) -> Result<(), SourceError> {
     Ok(())
 }
 
+/// Tells QEMU to end. One that is silent may still be there, and holds its RAM: that is no success.
+fn quit(qmp: &mut Qmp) -> Result<(), QmpError> {
+    match qmp.run("quit", json!({})) {
+        Ok(_) | Err(QmpError::Lost { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 impl SourceMachine for Source {
     fn layout(&self) -> &Layout {
         &self.layout
@@ -264,10 +272,7 @@ impl SourceMachine for Source {
 
     /// A QEMU that is gone already is what this is for.
     fn release(&self) -> Result<(), MachineError> {
-        match self.inner().qmp.run("quit", json!({})) {
-            Ok(_) | Err(QmpError::Lost { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
+        quit(&mut self.inner().qmp)?;
         if !self.process.wait(QUIT_WITHIN.into()) {
             tracing::warn!(
                 pid = self.process.pid(),
@@ -275,5 +280,23 @@ impl SourceMachine for Source {
             );
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::peer::{Peer, conversation};
+
+    #[test]
+    fn a_qemu_that_is_gone_is_released_and_one_that_is_silent_is_not() {
+        let goes = |_: &mut Peer, _: &Value| false;
+        conversation(goes, |qmp| quit(qmp).unwrap());
+        let is_silent = |_: &mut Peer, _: &Value| true;
+        conversation(is_silent, |qmp| {
+            qmp.answer_within(Duration::from_millis(200));
+            let error = quit(qmp).unwrap_err();
+            assert!(matches!(error, QmpError::NoAnswer { .. }), "{error}");
+        });
     }
 }
