@@ -48,7 +48,7 @@ impl Peer {
 /// side goes.
 pub(super) fn conversation<T>(
     mut answer: impl FnMut(&mut Peer, &Value) -> bool + Send,
-    talk: impl FnOnce(&mut Qmp) -> T,
+    talk: impl FnOnce(Qmp) -> T,
 ) -> T {
     let serve = |stream: UnixStream| {
         let lines = BufReader::new(stream.try_clone().unwrap()).lines();
@@ -64,7 +64,7 @@ pub(super) fn conversation<T>(
         }
     };
     // Gone when this returns, so that the other side ends.
-    listening(serve, |path| talk(&mut Qmp::connect(path).unwrap()))
+    listening(serve, |path| talk(Qmp::connect(path).unwrap()))
 }
 
 fn listening<T>(serve: impl FnOnce(UnixStream) + Send, talk: impl FnOnce(&Path) -> T) -> T {

@@ -330,7 +330,7 @@ mod tests {
             }
             true
         };
-        conversation(answer, |qmp| {
+        conversation(answer, |mut qmp| {
             assert_eq!(qmp.version(), "9.1.0");
             assert_eq!(qmp.peer().unwrap(), std::process::id() as i32);
             assert_eq!(qmp.status().unwrap(), "paused");
@@ -350,7 +350,7 @@ mod tests {
             peer.say(&json!({ "return": {}, "id": "mine" }));
             true
         };
-        conversation(answer, |qmp| {
+        conversation(answer, |mut qmp| {
             qmp.answer_within(SOON);
             let error = qmp.run("quit", json!({})).unwrap_err();
             assert!(matches!(error, QmpError::NoAnswer { .. }), "{error}");
@@ -372,7 +372,7 @@ mod tests {
             }
             true
         };
-        conversation(answer, |qmp| {
+        conversation(answer, |mut qmp| {
             qmp.answer_within(SOON);
             qmp.status().unwrap_err();
             assert_eq!(qmp.status().unwrap(), "paused");
@@ -392,7 +392,7 @@ mod tests {
             }
             true
         };
-        conversation(answer, |qmp| {
+        conversation(answer, |mut qmp| {
             qmp.answer_within(SOON);
             qmp.status().unwrap_err();
             assert_eq!(qmp.status().unwrap(), "paused");
