@@ -17,6 +17,13 @@ const GREETING: &str =
 pub(super) struct Peer(UnixStream);
 
 impl Peer {
+    /// Greets as QEMU does.
+    pub fn greet(stream: UnixStream) -> Self {
+        let mut peer = Self(stream);
+        peer.0.write_all(GREETING.as_bytes()).unwrap();
+        peer
+    }
+
     /// Says this line. The other side may have had enough.
     pub fn say(&mut self, message: &Value) {
         let _ = self.0.write_all(format!("{message}\r\n").as_bytes());
@@ -52,8 +59,7 @@ pub(super) fn conversation<T>(
 ) -> T {
     let serve = |stream: UnixStream| {
         let lines = BufReader::new(stream.try_clone().unwrap()).lines();
-        let mut peer = Peer(stream);
-        peer.0.write_all(GREETING.as_bytes()).unwrap();
+        let mut peer = Peer::greet(stream);
         for line in lines.map_while(Result::ok) {
             let request: Value = serde_json::from_str(&line).unwrap();
             if request["execute"] == "qmp_capabilities" {
@@ -67,7 +73,11 @@ pub(super) fn conversation<T>(
     listening(serve, |path| talk(Qmp::connect(path).unwrap()))
 }
 
-fn listening<T>(serve: impl FnOnce(UnixStream) + Send, talk: impl FnOnce(&Path) -> T) -> T {
+/// Talks to somebody who does this with the connection.
+pub(super) fn listening<T>(
+    serve: impl FnOnce(UnixStream) + Send,
+    talk: impl FnOnce(&Path) -> T,
+) -> T {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("qmp");
     let listener = UnixListener::bind(&path).unwrap();

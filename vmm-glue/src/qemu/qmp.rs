@@ -256,6 +256,7 @@ impl Qmp {
                     control = &[];
                     rest = &rest[sent..];
                 }
+                Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Err(io::ErrorKind::TimedOut.into()),
                 Err(error) => return Err(error.into()),
             }
@@ -313,11 +314,14 @@ fn invalid(what: &'static str) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::process::Command;
+
     use super::*;
-    use crate::qemu::peer::{Peer, conversation};
+    use crate::qemu::peer::{Peer, conversation, listening};
 
     /// Long enough that an answer that is there is taken, and short to wait for one that is not.
-    const SOON: Duration = Duration::from_millis(200);
+    const SOON: Duration = Duration::from_secs(1);
 
     #[test]
     fn events_between_a_command_and_its_answer_are_passed_over() {
@@ -397,6 +401,36 @@ mod tests {
             qmp.status().unwrap_err();
             assert_eq!(qmp.status().unwrap(), "paused");
         });
+    }
+
+    /// A stop and `kill -CONT` interrupt a wait on a socket that has a time limit, without any handler: `signal(7)`.
+    #[test]
+    fn a_stop_of_lazyvm_does_not_break_a_command_off() {
+        let serve = |stream: UnixStream| {
+            let mut lines = BufReader::new(stream.try_clone().unwrap());
+            let mut peer = Peer::greet(stream);
+            let mut line = String::new();
+            lines.read_line(&mut line).unwrap();
+            peer.answer(&serde_json::from_str(&line).unwrap(), json!({}));
+            // The other side is at it, and can't end before it is read from.
+            lines.fill_buf().unwrap();
+            let own = std::process::id();
+            let stop = format!("sleep 0.1; kill -STOP {own}; sleep 0.02; kill -CONT {own};");
+            // The first one finds part of it sent, the second one nothing.
+            let stop = stop.repeat(2);
+            let stopped = Command::new("sh").args(["-c", &stop]).status().unwrap();
+            assert!(stopped.success());
+            line.clear();
+            lines.read_line(&mut line).unwrap();
+            let request: Value = serde_json::from_str(&line).unwrap();
+            peer.answer(&request, request["arguments"].clone());
+        };
+        let long = json!({ "text": "x".repeat(8 << 20) });
+        let echoed = listening(serve, |path| {
+            let mut qmp = Qmp::connect(path).unwrap();
+            qmp.run("echo", long.clone())
+        });
+        assert!(echoed.unwrap() == long);
     }
 
     #[test]

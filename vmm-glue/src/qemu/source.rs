@@ -304,7 +304,7 @@ mod tests {
         conversation(goes, |mut qmp| quit(&mut qmp).unwrap());
         let is_silent = |_: &mut Peer, _: &Value| true;
         conversation(is_silent, |mut qmp| {
-            qmp.answer_within(Duration::from_millis(200));
+            qmp.answer_within(Duration::from_secs(1));
             let error = quit(&mut qmp).unwrap_err();
             assert!(matches!(error, QmpError::NoAnswer { .. }), "{error}");
         });
@@ -325,7 +325,7 @@ mod tests {
             true
         };
         conversation(answer, |mut qmp| {
-            qmp.answer_within(Duration::from_millis(200));
+            qmp.answer_within(Duration::from_secs(1));
             let mut inner = Inner {
                 qmp,
                 changed: None,
