@@ -148,6 +148,11 @@ impl Qemus {
 
     /// `lazyvm serve --qemu` of the QEMU `name`, and its ticket; empty when it prints none.
     pub fn serve(&self, name: &str) -> (Program, String) {
+        self.serve_with(name, &[])
+    }
+
+    /// With further arguments.
+    pub fn serve_with(&self, name: &str, flags: &[&str]) -> (Program, String) {
         let address = match self.hosts {
             Some(_) => Hosts::address(self.host_of(name)),
             None => "127.0.0.1".to_owned(),
@@ -156,6 +161,7 @@ impl Qemus {
         command
             .args(["serve", "--listen", &format!("{address}:0"), "--qemu"])
             .arg(self.qmp(name))
+            .args(flags)
             .stdout(Stdio::piped());
         let mut serve = self.home.start(&format!("serve-{name}"), &mut command);
         let mut ticket = String::new();

@@ -58,7 +58,9 @@ pub enum QmpError {
         source: io::Error,
     },
     /// QEMU ended or closed.
-    #[error("the connection to QEMU was lost at {command}")]
+    #[error(
+        "the connection to QEMU was lost at {command}: it has ended, or closed its QMP socket; its own messages say why"
+    )]
     Lost {
         /// Doing what.
         command: String,
