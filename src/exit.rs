@@ -15,7 +15,7 @@ use lazyvm_vmm_glue::kvm::source::RemoteError;
 use lazyvm_vmm_glue::kvm::{
     CompatibilityError, ControlError, HardwareError, LoadError, MemoryError,
 };
-use lazyvm_vmm_glue::qemu::{self, QmpError};
+use lazyvm_vmm_glue::qemu::{self, QmpError, TransferError};
 use lazyvm_wire::TicketError;
 use lazyvm_wire::control::Rejection;
 
@@ -297,7 +297,7 @@ fn of_remote(error: &RemoteError) -> Option<Exit> {
 fn of_qemu_source(error: &qemu::SourceError) -> Option<Exit> {
     use qemu::SourceError;
     match error {
-        SourceError::Qmp(error) => of_qmp(error),
+        SourceError::Qmp(error) | SourceError::Transfer(TransferError::Qmp(error)) => of_qmp(error),
         SourceError::Process(_) | SourceError::Peer { .. } => Some(Exit::Environment),
         SourceError::Memory(error) => Some(of_qemu_memory(error)),
         SourceError::NotRunning(_)
@@ -317,6 +317,9 @@ fn of_qemu_destination(error: &qemu::DestinationError) -> Option<Exit> {
         DestinationError::Start { .. } | DestinationError::Silent(_) => Some(Exit::Environment),
         DestinationError::Attach(error) => Some(of_attach(error)),
         DestinationError::Memory(error) => Some(of_qemu_memory(error)),
+        DestinationError::Qmp(error) | DestinationError::Transfer(TransferError::Qmp(error)) => {
+            of_qmp(error).or(Some(Exit::Refused))
+        }
         _ => Some(Exit::Refused),
     }
 }
@@ -324,7 +327,10 @@ fn of_qemu_destination(error: &qemu::DestinationError) -> Option<Exit> {
 fn of_qmp(error: &QmpError) -> Option<Exit> {
     matches!(
         error,
-        QmpError::NotThere { .. } | QmpError::NoAccess { .. } | QmpError::NoGreeting { .. }
+        QmpError::NotThere { .. }
+            | QmpError::NoAccess { .. }
+            | QmpError::NoGreeting { .. }
+            | QmpError::NoAnswer { .. }
     )
     .then_some(Exit::Environment)
 }
@@ -338,7 +344,7 @@ fn of_qemu_memory(error: &qemu::MemoryError) -> Exit {
     match error {
         MemoryError::Process(error) => of_attach(error),
         MemoryError::File { .. } => Exit::Environment,
-        MemoryError::Qmp(_) => Exit::Failed,
+        MemoryError::Qmp(error) => of_qmp(error).unwrap_or(Exit::Failed),
         _ => Exit::Usage,
     }
 }
@@ -359,6 +365,30 @@ mod tests {
         let error = Problem::not_in_this_release("this");
         assert_eq!(of_anyhow(&anyhow::Error::new(error)), Exit::Usage);
         assert_eq!(of_anyhow(&anyhow::anyhow!("of no kind")), Exit::Failed);
+    }
+
+    #[test]
+    fn a_qemu_that_does_not_answer_has_one_code_wherever_it_is_asked() {
+        let error = || QmpError::NoAnswer {
+            command: "stop".to_owned(),
+            within: std::time::Duration::from_secs(60),
+        };
+        let at_the_source: [qemu::SourceError; 3] = [
+            error().into(),
+            qemu::MemoryError::from(error()).into(),
+            TransferError::from(error()).into(),
+        ];
+        let at_the_destination: [qemu::DestinationError; 3] = [
+            error().into(),
+            qemu::MemoryError::from(error()).into(),
+            TransferError::from(error()).into(),
+        ];
+        for error in &at_the_source {
+            assert_eq!(of(error), Exit::Environment, "{error}");
+        }
+        for error in &at_the_destination {
+            assert_eq!(of(error), Exit::Environment, "{error}");
+        }
     }
 
     #[test]

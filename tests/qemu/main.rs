@@ -11,6 +11,7 @@ mod common;
 mod guest;
 mod hosts;
 mod images;
+mod kills;
 mod load;
 mod modes;
 mod moves;

@@ -58,6 +58,16 @@ fn four_cpus_there_and_back_again() {
 }
 
 #[test]
+fn two_gibibytes_and_one_cpu() {
+    let shape = Shape {
+        memory_mib: 2048,
+        cpus: 1,
+        fill_mib: 512,
+    };
+    moves("two_gibibytes_and_one_cpu", shape, &["a", "b"]);
+}
+
+#[test]
 fn two_gibibytes() {
     let shape = Shape {
         memory_mib: 2048,

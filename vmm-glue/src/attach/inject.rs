@@ -26,6 +26,12 @@ use super::sys;
 /// How long a thread may take to stop: it may be in the kernel, waiting for a disk.
 const STOP_WITHIN: Duration = Duration::from_secs(2);
 
+/// How often it is looked at without a pause between: for some tens of microseconds.
+const LOOKS_AT_ONCE: u32 = 100;
+
+/// How often after that. Timers have 50 µs of slack besides.
+const LOOK_EVERY: Duration = Duration::from_micros(20);
+
 /// Code segment of 64-bit programs.
 const CODE_SEGMENT_64: u64 = 0x33;
 
@@ -215,11 +221,13 @@ impl Tracee {
                 return Err(InjectError::NoStop(self.thread));
             }
             looks += 1;
-            // It takes microseconds as a rule.
-            if looks < 1000 {
-                std::thread::yield_now();
+            // It takes microseconds as a rule. Then this processor may be what the thread needs. Sleeping gives it away as
+            // yielding does, but who yields comes back only after all others have had their turns, milliseconds each,
+            // while the thread stands still.
+            if looks < LOOKS_AT_ONCE {
+                std::hint::spin_loop();
             } else {
-                std::thread::sleep(Duration::from_micros(200));
+                std::thread::sleep(LOOK_EVERY);
             }
         }
     }

@@ -191,9 +191,14 @@ impl Process {
     /// What it has mapped.
     ///
     /// # Errors
-    /// [`AttachError::Maps`].
+    /// [`AttachError::Maps`]; [`AttachError::Gone`] for one that has ended, which has an empty map until it is waited for.
     pub fn mappings(&self) -> Result<Mappings, AttachError> {
-        Mappings::of(self.pid).map_err(|error| match error {
+        let found = Mappings::of(self.pid);
+        if self.has_ended() {
+            let (pid, source) = (self.pid, Errno::ESRCH);
+            return Err(AttachError::Gone { pid, source });
+        }
+        found.map_err(|error| match error {
             MapsError::Read { pid, source } => AttachError::Look { pid, source },
             error => AttachError::Maps(error),
         })
@@ -389,5 +394,29 @@ impl Process {
                 Some(found.start + at as u64)
             })
             .ok_or(AttachError::NoInstruction(pid))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_has_ended_is_told_so_before_it_is_waited_for() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("600")
+            .spawn()
+            .unwrap();
+        let process = Process::open(child.id() as i32).unwrap();
+        assert!(process.mappings().is_ok());
+        child.kill().unwrap();
+        assert!(process.wait(PollTimeout::NONE));
+        for gone in [
+            process.mappings().map(drop),
+            process.unmap_shared(&[(0x1000, 0x1000)]).map(drop),
+        ] {
+            assert!(matches!(gone, Err(AttachError::Gone { .. })), "{gone:?}");
+        }
+        child.wait().unwrap();
     }
 }

@@ -66,15 +66,25 @@ impl Message {
     /// # Errors
     /// It is no JSON.
     pub fn parse(line: &[u8]) -> Result<Self, serde_json::Error> {
+        Self::parse_with_id(line).map(|(_, message)| message)
+    }
+
+    /// Reads a line, and the number of the command that it answers: QEMU repeats the command's `id`.
+    ///
+    /// # Errors
+    /// It is no JSON.
+    pub fn parse_with_id(line: &[u8]) -> Result<(Option<u64>, Self), serde_json::Error> {
         let mut answer: Value = serde_json::from_slice(line)?;
+        let id = answer.get("id").and_then(Value::as_u64);
         if let Some(value) = answer.get_mut("return") {
-            return Ok(Self::Return(value.take()));
+            return Ok((id, Self::Return(value.take())));
         }
         if let Some(error) = answer.get("error") {
             let text = error.get("desc").and_then(Value::as_str);
-            return Ok(Self::Error(text.unwrap_or("no reason given").to_owned()));
+            let text = text.unwrap_or("no reason given").to_owned();
+            return Ok((id, Self::Error(text)));
         }
-        Ok(Self::Other(answer))
+        Ok((id, Self::Other(answer)))
     }
 }
 

@@ -8,6 +8,8 @@ mod destination;
 pub mod line;
 mod memory;
 mod offer;
+#[cfg(test)]
+mod peer;
 mod qmp;
 mod ram;
 pub mod registers;

@@ -1,7 +1,8 @@
 //! A client of the QEMU machine protocol: QEMU's `docs/interop/qmp-spec`.
 //!
-//! One command at a time; what comes besides (events) is passed over: what is waited for is asked for, so that no event
-//! can be missed.
+//! One command at a time, each with a number (`id`) that its answer repeats. What comes besides is passed over: events,
+//! since what is waited for is asked for, so that none can be missed; and the answer to a command that was given up,
+//! which may come later and would be taken for the next one's otherwise.
 
 use std::io::{self, IoSlice, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -9,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt::PeerCredentials};
 use serde_json::{Value, json};
 
@@ -56,13 +58,26 @@ pub enum QmpError {
         source: io::Error,
     },
     /// QEMU ended or closed.
-    #[error("the connection to QEMU was lost at {command}")]
+    #[error(
+        "the connection to QEMU was lost at {command}: it has ended, or closed its QMP socket; its own messages say why"
+    )]
     Lost {
         /// Doing what.
         command: String,
         /// The system's answer.
         #[source]
         source: io::Error,
+    },
+    /// QEMU is there and silent.
+    #[error(
+        "QEMU has not answered {command} within {} s: it is stopped (kill -STOP, a debugger), or waits for a disk or for \
+         network storage; see to that, and try again", within.as_secs()
+    )]
+    NoAnswer {
+        /// What was asked. It may still be done, late.
+        command: String,
+        /// For how long the answer was waited for.
+        within: Duration,
     },
     /// QEMU refused.
     #[error("QEMU refuses {command}: {text}")]
@@ -88,6 +103,9 @@ pub struct Qmp {
     stream: UnixStream,
     lines: Lines,
     version: String,
+    /// Of the last command.
+    id: u64,
+    answer_within: Duration,
 }
 
 impl Qmp {
@@ -107,6 +125,8 @@ impl Qmp {
             stream,
             lines: Lines::default(),
             version: String::new(),
+            id: 0,
+            answer_within: ANSWER_WITHIN,
         };
         let greeting = qmp
             .line(Instant::now() + GREETING_WITHIN)
@@ -117,6 +137,12 @@ impl Qmp {
         })?;
         qmp.run("qmp_capabilities", json!({}))?;
         Ok(qmp)
+    }
+
+    /// With another limit for answers.
+    #[cfg(test)]
+    pub(super) fn answer_within(&mut self, limit: Duration) {
+        self.answer_within = limit;
     }
 
     /// QEMU's version, to be shown.
@@ -179,46 +205,63 @@ impl Qmp {
         arguments: &Value,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value, QmpError> {
-        let lost = |source| QmpError::Lost {
-            command: command.to_owned(),
-            source,
+        let within = self.answer_within;
+        let failed = |source: io::Error| {
+            let command = command.to_owned();
+            match source.kind() {
+                io::ErrorKind::TimedOut => QmpError::NoAnswer { command, within },
+                _ => QmpError::Lost { command, source },
+            }
         };
-        let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
+        self.id += 1;
+        let id = self.id;
+        let mut request =
+            json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
         request.push('\n');
-        self.send(request.as_bytes(), fd).map_err(lost)?;
-        let deadline = Instant::now() + ANSWER_WITHIN;
+        let deadline = Instant::now() + within;
+        self.send(request.as_bytes(), fd, deadline)
+            .map_err(failed)?;
         loop {
-            let line = self.line(deadline).map_err(lost)?;
-            match Message::parse(&line) {
-                Ok(Message::Return(value)) => return Ok(value),
-                Ok(Message::Error(text)) => {
+            let line = self.line(deadline).map_err(failed)?;
+            let message = Message::parse_with_id(&line)
+                .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidData, error)))?;
+            match message {
+                (Some(of), Message::Return(value)) if of == id => return Ok(value),
+                // Without a number: QEMU could not read the command, and so not its number.
+                (of, Message::Error(text)) if of.is_none_or(|of| of == id) => {
                     return Err(QmpError::Refused {
                         command: command.to_owned(),
                         text,
                     });
                 }
-                Ok(Message::Other(answer)) => tracing::trace!(%answer, "qemu"),
-                Err(error) => return Err(lost(io::Error::new(io::ErrorKind::InvalidData, error))),
+                (of, message) => tracing::trace!(of, ?message, "passed over"),
             }
         }
     }
 
-    fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        self.stream.set_write_timeout(Some(ANSWER_WITHIN))?;
+    fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>, deadline: Instant) -> io::Result<()> {
         let fds: Vec<_> = fd.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&fds)];
         let mut control = if fd.is_some() { &rights[..] } else { &[] };
         let mut rest = bytes;
         while !rest.is_empty() {
+            self.stream.set_write_timeout(Some(left(deadline)?))?;
             let sent = sendmsg::<()>(
                 self.stream.as_fd().as_raw_fd(),
                 &[IoSlice::new(rest)],
                 control,
                 MsgFlags::MSG_NOSIGNAL,
                 None,
-            )?;
-            control = &[];
-            rest = &rest[sent..];
+            );
+            match sent {
+                Ok(sent) => {
+                    control = &[];
+                    rest = &rest[sent..];
+                }
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+                Err(error) => return Err(error.into()),
+            }
         }
         Ok(())
     }
@@ -231,11 +274,7 @@ impl Qmp {
                 Ok(None) => {}
                 Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.stream.set_read_timeout(Some(left))?;
+            self.stream.set_read_timeout(Some(left(deadline)?))?;
             let mut piece = [0; 8192];
             match self.stream.read(&mut piece) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -247,6 +286,15 @@ impl Qmp {
                 Err(error) => return Err(error),
             }
         }
+    }
+}
+
+/// The time until then.
+fn left(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    match left.is_zero() {
+        true => Err(io::ErrorKind::TimedOut.into()),
+        false => Ok(left),
     }
 }
 
@@ -268,56 +316,129 @@ fn invalid(what: &'static str) -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-    use std::os::unix::net::UnixListener;
-    use std::thread;
+    use std::io::{BufRead, BufReader};
+    use std::process::Command;
 
     use super::*;
+    use crate::qemu::peer::{Peer, conversation, listening};
 
-    const GREETING: &str = r#"{"QMP":{"version":{"qemu":{"major":9,"minor":1,"micro":0}}}}"#;
-
-    /// Somebody who says `lines`, the first at once and each other one after it has read one.
-    fn conversation<T>(lines: &[&str], talk: impl FnOnce(&Path) -> T) -> T {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("qmp");
-        let listener = UnixListener::bind(&path).unwrap();
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                let (mut stream, _) = listener.accept().unwrap();
-                for line in lines {
-                    // Fails when the other side has had enough.
-                    let _ = stream.write_all(line.as_bytes());
-                    let _ = stream.read(&mut [0; 4096]);
-                }
-            });
-            talk(&path)
-        })
-    }
+    /// Long enough that an answer that is there is taken, and short to wait for one that is not.
+    const SOON: Duration = Duration::from_secs(1);
 
     #[test]
     fn events_between_a_command_and_its_answer_are_passed_over() {
-        let answers = [
-            &format!("{GREETING}\r\n"),
-            "{\"return\": {}}\r\n",
-            "{\"event\":\"STOP\"}\n{\"return\":{\"status\":\"paused\"}}\n",
-            "{\"error\":{\"class\":\"GenericError\",\"desc\":\"no\"}}\n",
-        ];
-        conversation(&answers, |path| {
-            let mut qmp = Qmp::connect(path).unwrap();
+        let answer = |peer: &mut Peer, request: &Value| {
+            peer.say(&json!({ "event": "STOP" }));
+            match request["execute"].as_str() {
+                Some("query-status") => peer.answer(request, json!({ "status": "paused" })),
+                Some("cont") => peer.refuse(request, "no"),
+                _ => return false,
+            }
+            true
+        };
+        conversation(answer, |mut qmp| {
             assert_eq!(qmp.version(), "9.1.0");
             assert_eq!(qmp.peer().unwrap(), std::process::id() as i32);
             assert_eq!(qmp.status().unwrap(), "paused");
             let refused = qmp.run("cont", json!({})).unwrap_err();
             assert_eq!(refused.to_string(), "QEMU refuses cont: no");
-            let lost = qmp.run("cont", json!({})).unwrap_err();
+            let lost = qmp.run("quit", json!({})).unwrap_err();
             assert!(matches!(lost, QmpError::Lost { .. }), "{lost}");
         });
     }
 
     #[test]
+    fn a_qemu_that_does_not_answer_is_told_apart_from_one_that_is_gone() {
+        let answer = |peer: &mut Peer, _: &Value| {
+            // What is no answer does not count as one.
+            peer.say(&json!({ "return": {} }));
+            peer.say(&json!({ "return": {}, "id": 1_000_000 }));
+            peer.say(&json!({ "return": {}, "id": "mine" }));
+            true
+        };
+        conversation(answer, |mut qmp| {
+            qmp.answer_within(SOON);
+            let error = qmp.run("quit", json!({})).unwrap_err();
+            assert!(matches!(error, QmpError::NoAnswer { .. }), "{error}");
+            assert!(error.to_string().contains("kill -STOP"), "{error}");
+        });
+    }
+
+    #[test]
+    fn a_late_answer_is_not_taken_for_the_next_commands() {
+        let mut held_back = None;
+        let answer = |peer: &mut Peer, request: &Value| {
+            match held_back.take() {
+                None => held_back = Some(request.clone()),
+                Some(late) => {
+                    peer.answer(&late, json!({ "status": "running" }));
+                    peer.say(&json!({ "event": "STOP" }));
+                    peer.answer(request, json!({ "status": "paused" }));
+                }
+            }
+            true
+        };
+        conversation(answer, |mut qmp| {
+            qmp.answer_within(SOON);
+            qmp.status().unwrap_err();
+            assert_eq!(qmp.status().unwrap(), "paused");
+        });
+    }
+
+    #[test]
+    fn a_late_refusal_is_not_taken_for_the_next_commands() {
+        let mut held_back = None;
+        let answer = |peer: &mut Peer, request: &Value| {
+            match held_back.take() {
+                None => held_back = Some(request.clone()),
+                Some(late) => {
+                    peer.refuse(&late, "late");
+                    peer.answer(request, json!({ "status": "paused" }));
+                }
+            }
+            true
+        };
+        conversation(answer, |mut qmp| {
+            qmp.answer_within(SOON);
+            qmp.status().unwrap_err();
+            assert_eq!(qmp.status().unwrap(), "paused");
+        });
+    }
+
+    /// A stop and `kill -CONT` interrupt a wait on a socket that has a time limit, without any handler: `signal(7)`.
+    #[test]
+    fn a_stop_of_lazyvm_does_not_break_a_command_off() {
+        let serve = |stream: UnixStream| {
+            let mut lines = BufReader::new(stream.try_clone().unwrap());
+            let mut peer = Peer::greet(stream);
+            let mut line = String::new();
+            lines.read_line(&mut line).unwrap();
+            peer.answer(&serde_json::from_str(&line).unwrap(), json!({}));
+            // The other side is at it, and can't end before it is read from.
+            lines.fill_buf().unwrap();
+            let own = std::process::id();
+            let stop = format!("sleep 0.1; kill -STOP {own}; sleep 0.02; kill -CONT {own};");
+            // The first one finds part of it sent, the second one nothing.
+            let stop = stop.repeat(2);
+            let stopped = Command::new("sh").args(["-c", &stop]).status().unwrap();
+            assert!(stopped.success());
+            line.clear();
+            lines.read_line(&mut line).unwrap();
+            let request: Value = serde_json::from_str(&line).unwrap();
+            peer.answer(&request, request["arguments"].clone());
+        };
+        let long = json!({ "text": "x".repeat(8 << 20) });
+        let echoed = listening(serve, |path| {
+            let mut qmp = Qmp::connect(path).unwrap();
+            qmp.run("echo", long.clone())
+        });
+        assert!(echoed.unwrap() == long);
+    }
+
+    #[test]
     fn what_is_no_qmp_socket_is_told_so() {
         for nonsense in ["HTTP/1.1 400\r\n", "{}\n", "{\"QMP\":{}}\n"] {
-            let error = conversation(&[nonsense], |path| Qmp::connect(path).unwrap_err());
+            let error = Peer::greeting_with(nonsense, |path| Qmp::connect(path).unwrap_err());
             assert!(matches!(error, QmpError::NoGreeting { .. }), "{error}");
         }
         let error = Qmp::connect(Path::new("/nowhere/at/all")).unwrap_err();

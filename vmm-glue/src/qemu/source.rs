@@ -180,21 +180,31 @@ impl Inner {
         }
     }
 
+    /// `cont` is said even where the migration does not end: QEMU does one command after the other, so that it undoes a
+    /// `stop` that was given up and comes late, and refuses where the VM must not run.
     fn run_on(&mut self) -> Result<(), SourceError> {
-        transfer::cancel(&mut self.qmp)?;
-        self.put_back();
-        let deadline = Instant::now() + RUN_WITHIN;
-        self.qmp.run("cont", json!({}))?;
-        loop {
-            let status = self.qmp.status()?;
-            if status == "running" {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                return Err(SourceError::DidNotRun(status));
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        let cancelled = transfer::cancel(&mut self.qmp);
+        if cancelled.is_ok() {
+            self.put_back();
         }
+        let ran = run_vm(&mut self.qmp);
+        cancelled?;
+        ran
+    }
+}
+
+fn run_vm(qmp: &mut Qmp) -> Result<(), SourceError> {
+    let deadline = Instant::now() + RUN_WITHIN;
+    qmp.run("cont", json!({}))?;
+    loop {
+        let status = qmp.status()?;
+        if status == "running" {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(SourceError::DidNotRun(status));
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -218,6 +228,14 @@ fn check_movable(qmp: &mut Qmp) -> Result<(), SourceError> {
         return Err(SourceError::Blocked(reasons.join("; ")));
     }
     Ok(())
+}
+
+/// Tells QEMU to end. One that is silent may still be there, and holds its RAM: that is no success.
+fn quit(qmp: &mut Qmp) -> Result<(), QmpError> {
+    match qmp.run("quit", json!({})) {
+        Ok(_) | Err(QmpError::Lost { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 impl SourceMachine for Source {
@@ -273,10 +291,7 @@ impl SourceMachine for Source {
 
     /// A QEMU that is gone already is what this is for.
     fn release(&self) -> Result<(), MachineError> {
-        match self.inner().qmp.run("quit", json!({})) {
-            Ok(_) | Err(QmpError::Lost { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
+        quit(&mut self.inner().qmp)?;
         if !self.process.wait(QUIT_WITHIN.into()) {
             tracing::warn!(
                 pid = self.process.pid(),
@@ -284,5 +299,50 @@ impl SourceMachine for Source {
             );
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::peer::{Peer, conversation};
+
+    #[test]
+    fn a_qemu_that_is_gone_is_released_and_one_that_is_silent_is_not() {
+        let goes = |_: &mut Peer, _: &Value| false;
+        conversation(goes, |mut qmp| quit(&mut qmp).unwrap());
+        let is_silent = |_: &mut Peer, _: &Value| true;
+        conversation(is_silent, |mut qmp| {
+            qmp.answer_within(Duration::from_secs(1));
+            let error = quit(&mut qmp).unwrap_err();
+            assert!(matches!(error, QmpError::NoAnswer { .. }), "{error}");
+        });
+    }
+
+    #[test]
+    fn a_vm_is_let_run_on_even_where_the_cancelling_is_not_answered() {
+        let mut runs = false;
+        let answer = |peer: &mut Peer, request: &Value| {
+            match request["execute"].as_str() {
+                Some("cont") => {
+                    runs = true;
+                    peer.answer(request, json!({}));
+                }
+                Some("query-status") => peer.answer(request, json!({ "status": "running" })),
+                _ => {}
+            }
+            true
+        };
+        conversation(answer, |mut qmp| {
+            qmp.answer_within(Duration::from_secs(1));
+            let mut inner = Inner {
+                qmp,
+                changed: None,
+                socket: None,
+            };
+            let error = inner.run_on().unwrap_err();
+            assert!(error.to_string().contains("query-migrate"), "{error}");
+        });
+        assert!(runs);
     }
 }

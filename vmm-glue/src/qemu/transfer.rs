@@ -2,6 +2,7 @@
 //! so that it never touches a disk.
 
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -69,8 +70,13 @@ pub enum TransferError {
         reason: String,
     },
     /// It takes too long.
-    #[error("QEMU's migration is still {0} after 60 s")]
-    Slow(String),
+    #[error("QEMU's migration is still {status} after {} s", within.as_secs())]
+    Slow {
+        /// Its word for what it does.
+        status: String,
+        /// For how long it was waited for.
+        within: Duration,
+    },
 }
 
 /// What was changed in a QEMU, to be put back.
@@ -168,29 +174,40 @@ pub(super) fn save(qmp: &mut Qmp, socket: &mut UnixStream) -> Result<Vec<u8>, Tr
 }
 
 /// Loads a state into a QEMU that waits for one.
-pub(super) fn load(
-    qmp: &mut Qmp,
-    mut socket: UnixStream,
-    state: &[u8],
-) -> Result<(), TransferError> {
+pub(super) fn load(qmp: &mut Qmp, socket: UnixStream, state: &[u8]) -> Result<(), TransferError> {
+    let socket = &socket;
     thread::scope(|scope| {
         // QEMU reads while it answers; it may wait for pages meanwhile.
-        let writer = scope.spawn(move || socket.write_all(state));
-        let uri = json!({ "uri": format!("fd:{SOCKET_NAME}") });
-        let start = Instant::now();
-        qmp.run("migrate-incoming", uri)?;
-        let asked = start.elapsed();
-        wait_completed(qmp)?;
-        tracing::debug!(
-            asked_us = asked.as_micros() as u64,
-            us = start.elapsed().as_micros() as u64,
-            "QEMU has taken the state in"
-        );
+        let writer = scope.spawn(move || {
+            let mut socket = socket;
+            socket
+                .write_all(state)
+                .and_then(|()| socket.shutdown(Shutdown::Write))
+        });
+        // Nobody reads any more after a failure, and the writer would wait.
+        take_in(qmp).inspect_err(|_| {
+            let _ = socket.shutdown(Shutdown::Both);
+        })?;
         match writer.join() {
             Ok(written) => written.map_err(TransferError::Socket),
             Err(_) => Err(TransferError::Socket(io::ErrorKind::BrokenPipe.into())),
         }
     })
+}
+
+/// Has QEMU take in what comes through the socket.
+fn take_in(qmp: &mut Qmp) -> Result<(), TransferError> {
+    let uri = json!({ "uri": format!("fd:{SOCKET_NAME}") });
+    let start = Instant::now();
+    qmp.run("migrate-incoming", uri)?;
+    let asked = start.elapsed();
+    wait_completed(qmp)?;
+    tracing::debug!(
+        asked_us = asked.as_micros() as u64,
+        us = start.elapsed().as_micros() as u64,
+        "QEMU has taken the state in"
+    );
+    Ok(())
 }
 
 fn wait_completed(qmp: &mut Qmp) -> Result<(), TransferError> {
@@ -207,7 +224,12 @@ fn wait_completed(qmp: &mut Qmp) -> Result<(), TransferError> {
                     reason: field("error-desc").unwrap_or("no reason given").to_owned(),
                 });
             }
-            _ if Instant::now() > deadline => return Err(TransferError::Slow(status.to_owned())),
+            _ if Instant::now() > deadline => {
+                return Err(TransferError::Slow {
+                    status: status.to_owned(),
+                    within: PATIENCE,
+                });
+            }
             _ => thread::sleep(ASK_EVERY),
         }
     }
@@ -223,18 +245,94 @@ pub(super) fn is_under_way(answer: &Value) -> bool {
 }
 
 /// Ends a migration that failed half-way, so that the VM can go on.
-pub(super) fn cancel(qmp: &mut Qmp) -> Result<(), QmpError> {
-    let deadline = Instant::now() + PATIENCE;
+pub(super) fn cancel(qmp: &mut Qmp) -> Result<(), TransferError> {
+    cancel_within(qmp, PATIENCE)
+}
+
+fn cancel_within(qmp: &mut Qmp, limit: Duration) -> Result<(), TransferError> {
+    let deadline = Instant::now() + limit;
     let mut asked = false;
     loop {
         let answer = qmp.run("query-migrate", json!({}))?;
-        if !is_under_way(&answer) || Instant::now() > deadline {
+        if !is_under_way(&answer) {
             return Ok(());
+        }
+        if Instant::now() > deadline {
+            let status = answer.get("status").and_then(Value::as_str);
+            let status = status.unwrap_or("under way").to_owned();
+            return Err(TransferError::Slow {
+                status,
+                within: limit,
+            });
         }
         if !asked {
             qmp.run("migrate_cancel", json!({}))?;
             asked = true;
         }
         thread::sleep(ASK_EVERY);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::qemu::peer::{Peer, conversation};
+
+    #[test]
+    fn a_migration_that_does_not_end_is_not_taken_as_cancelled() {
+        let goes_on = |peer: &mut Peer, request: &Value| {
+            let answer = match request["execute"].as_str() {
+                Some("query-migrate") => json!({ "status": "cancelling" }),
+                _ => json!({}),
+            };
+            peer.answer(request, answer);
+            true
+        };
+        conversation(goes_on, |mut qmp| {
+            let error = cancel_within(&mut qmp, Duration::from_millis(20)).unwrap_err();
+            assert!(error.to_string().contains("still cancelling"), "{error}");
+        });
+    }
+
+    #[test]
+    fn a_migration_that_ends_is_cancelled_once() {
+        let mut asked = 0;
+        let mut looks = 0;
+        let ends = |peer: &mut Peer, request: &Value| {
+            let answer = match request["execute"].as_str() {
+                Some("query-migrate") => {
+                    looks += 1;
+                    json!({ "status": if looks > 3 { "cancelled" } else { "active" } })
+                }
+                _ => {
+                    asked += 1;
+                    json!({})
+                }
+            };
+            peer.answer(request, answer);
+            true
+        };
+        conversation(ends, |mut qmp| cancel(&mut qmp).unwrap());
+        assert_eq!(asked, 1);
+    }
+
+    #[test]
+    fn a_refused_load_does_not_wait_for_a_reader() {
+        let (told, result) = mpsc::channel();
+        thread::spawn(move || {
+            let refuses = |peer: &mut Peer, request: &Value| {
+                peer.refuse(request, "no such fd");
+                true
+            };
+            // More than a socket holds, and nobody reads it or closes.
+            let (ours, _theirs) = UnixStream::pair().unwrap();
+            let error = conversation(refuses, |mut qmp| load(&mut qmp, ours, &vec![0; 8 << 20]));
+            told.send(error.unwrap_err().to_string()).unwrap();
+        });
+        // Without an end there would be none.
+        let error = result.recv_timeout(Duration::from_secs(30)).unwrap();
+        assert_eq!(error, "QEMU refuses migrate-incoming: no such fd");
     }
 }
