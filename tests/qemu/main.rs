@@ -15,3 +15,4 @@ mod load;
 mod moves;
 mod refusals;
 mod surroundings;
+mod tracker;

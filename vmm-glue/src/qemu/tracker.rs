@@ -24,7 +24,7 @@ enum TrackError {
     Unseen(String),
     #[error("process {0} has this VM's RAM mapped as well, and its writes would not be seen")]
     OtherUser(i32),
-    #[error("can't look which other processes have this VM's RAM mapped; only root can")]
+    #[error("can't look which other processes have this VM's RAM mapped")]
     Others(#[source] std::io::Error),
     #[error("QEMU's mappings of its RAM have changed, so that writes may have been missed")]
     Changed,

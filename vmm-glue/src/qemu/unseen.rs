@@ -68,10 +68,11 @@ fn look(pid: i32, number: &str) -> io::Result<Option<String>> {
     Ok(direct.then_some(target))
 }
 
-/// A process that has one of `files` mapped, other than `known` and this one.
+/// A process that has one of `files` mapped, other than `known` and this one. Those that this one may not look at (the
+/// first of a container, mostly) count as having none, as everywhere in a move.
 ///
 /// # Errors
-/// A process that is there and can't be looked at.
+/// A process whose memory map can't be read for another reason.
 pub(super) fn process<'a>(
     files: impl Iterator<Item = &'a File>,
     known: i32,
@@ -90,14 +91,10 @@ pub(super) fn process<'a>(
         table.clear();
         let read = File::open(format!("/proc/{pid}/maps"))
             .and_then(|mut maps| maps.read_to_end(&mut table));
-        let there = unless_gone(read).map_err(|error| {
-            io::Error::new(
-                error.kind(),
-                format!("the memory map of process {pid}: {error}"),
-            )
-        })?;
+        let may_look = !matches!(&read, Err(error) if error.kind() == ErrorKind::PermissionDenied);
+        let there = may_look && unless_gone(read)?.is_some();
         let maps_one = |needle: &Vec<u8>| table.windows(needle.len()).any(|part| part == needle);
-        if there.is_some() && needles.iter().any(maps_one) {
+        if there && needles.iter().any(maps_one) {
             return Ok(Some(pid));
         }
     }
