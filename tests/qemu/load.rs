@@ -10,7 +10,7 @@ const DISK_BYTES: u64 = 16 << 20;
 
 /// A disk that both QEMUs have open for a while: past the hosts' page caches, as QEMU's documentation asks of a disk
 /// that is shared for a migration. And a network card on QEMU's own user-mode network.
-fn devices(disk: &Path) -> String {
+pub fn devices(disk: &Path) -> String {
     format!(
         "-drive file={},format=raw,if=none,id=disk,cache=none -device virtio-blk-pci,drive=disk \
          -netdev user,id=net,restrict=on -device virtio-net-pci,netdev=net,romfile=",

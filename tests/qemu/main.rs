@@ -17,3 +17,4 @@ mod modes;
 mod moves;
 mod refusals;
 mod surroundings;
+mod tracker;

@@ -2,10 +2,11 @@
 //!
 //! A userfaultfd of that process protects its memory from writes in the mode `WP_ASYNC`: the kernel lifts the protection of
 //! a page when it is written, and nobody waits. `PAGEMAP_SCAN` tells whose protection is gone and sets it again in one step.
-//! A page-table entry that is dropped (`MADV_DONTNEED`, a hole punched into the file) may take the news of a write along, so
+//! A page-table entry that is dropped (`MADV_DONTNEED`) may take the news of a write along, so
 //! whatever has no entry counts as written: every page that is clean has one, if only a mark.
 //!
-//! Writes that do not go by page tables are not seen: those of a device into pages that were pinned before.
+//! Writes that do not go by page tables are not seen: those of a device into pages that were pinned before. Neither is a
+//! hole that is punched into the file where pages are clean: Linux keeps their marks, and they read as zeros from then on.
 
 mod sys;
 

@@ -9,6 +9,7 @@
 //! | `cpuid`, `compatibility`, [`state`] | what moves, and whether it may |
 //! | [`control`] | the socket at which a machine is asked and told |
 //! | [`source`], [`destination`] | the two ends of a move |
+//! | `tracker` | which pages a machine writes |
 //! | `sys` | what cannot be said to KVM in safe Rust |
 
 mod boot;
@@ -29,6 +30,7 @@ mod sys;
 #[cfg(test)]
 mod testing;
 pub mod touch;
+mod tracker;
 mod vcpu;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

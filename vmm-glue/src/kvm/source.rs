@@ -6,13 +6,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use lazyvm_server::port::{MachineError, SourceMachine, SourceMemory};
+use lazyvm_server::port::{DirtyTracker, MachineError, SourceMachine, SourceMemory};
 use lazyvm_wire::{Layout, MachineOffer, PAGE_SIZE, PageIndex, PageRange};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use super::control::{ControlClient, ControlError};
 use super::lock;
+use super::tracker::KvmTracker;
 
 /// A machine that runs in another process, reached by its control socket.
 ///
@@ -122,6 +123,14 @@ impl SourceMachine for RemoteMachine {
 
     fn memory(&self) -> Arc<dyn SourceMemory> {
         Arc::clone(&self.memory) as _
+    }
+
+    fn tracker(&self) -> Option<Box<dyn DirtyTracker>> {
+        Some(Box::new(KvmTracker::new(
+            self.path.clone(),
+            self.id.clone(),
+            self.layout.pages(),
+        )))
     }
 
     fn pause(&self) -> Result<Vec<u8>, MachineError> {

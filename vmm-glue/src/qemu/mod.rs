@@ -18,6 +18,7 @@ mod source;
 mod tracker;
 mod transfer;
 pub mod tree;
+mod unseen;
 
 pub use destination::{Command, Destination, DestinationError, Running};
 pub use memory::{MemoryError, RamRegion};

@@ -1,6 +1,5 @@
 //! Which pages a QEMU's guest and its devices write: [`WriteWatch`] on every mapping of the RAM's files.
 
-use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
@@ -8,7 +7,8 @@ use lazyvm_server::port::{DirtyTracker, MachineError};
 use lazyvm_wire::{Gpa, Layout, PAGE_SHIFT, PageIndex, PageRange};
 use nix::libc;
 
-use super::memory::{self, RamRegion};
+use super::memory::RamRegion;
+use super::unseen;
 use crate::attach::Process;
 use crate::dirty::WriteWatch;
 
@@ -18,12 +18,14 @@ enum TrackError {
     #[error("can't look at the open files of this QEMU")]
     Files(#[source] std::io::Error),
     #[error(
-        "this QEMU has {0} open, through which a device may write to RAM unseen (O_DIRECT, VFIO, vDPA): let its drives use \
-         cache=writeback, or move with post-copy"
+        "this QEMU has {0} open, through which RAM may be written unseen (O_DIRECT, a host's disk, FUSE, VFIO and the like): \
+         give its drives files and cache=writeback, or move with post-copy"
     )]
     Unseen(String),
     #[error("process {0} has this VM's RAM mapped as well, and its writes would not be seen")]
     OtherUser(i32),
+    #[error("can't look which other processes have this VM's RAM mapped")]
+    Others(#[source] std::io::Error),
     #[error("QEMU's mappings of its RAM have changed, so that writes may have been missed")]
     Changed,
     #[error("part of the RAM {0} is not found in QEMU's memory map")]
@@ -112,61 +114,23 @@ impl QemuTracker {
         Ok(pieces)
     }
 
+    /// Before a scan, so that it is known what is scanned, and after it: what has come meanwhile may have written already.
     fn check(&self) -> Result<(), MachineError> {
-        if let Some(found) = unseen_writer(self.process.pid()).map_err(TrackError::Files)? {
-            return Err(TrackError::Unseen(found).into());
+        let pid = self.process.pid();
+        if let Some(name) = unseen::descriptor(pid).map_err(TrackError::Files)? {
+            return Err(TrackError::Unseen(name).into());
         }
-        Ok(())
-    }
-}
-
-/// A file of the process through which RAM may be written past the page tables: a read with `O_DIRECT` that is under way,
-/// or a device that has the RAM pinned.
-fn unseen_writer(pid: i32) -> std::io::Result<Option<String>> {
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-        let entry = entry?;
-        let number = entry.file_name();
-        let target = fs::read_link(entry.path()).unwrap_or_default();
-        let target = target.to_string_lossy().into_owned();
-        let information = format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy());
-        // It may have been closed meanwhile.
-        let information = fs::read_to_string(information).unwrap_or_default();
-        let flags = information
-            .lines()
-            .find_map(|line| line.strip_prefix("flags:"))
-            .and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok())
-            .unwrap_or(0);
-        let pins = ["/dev/vfio", "/dev/vhost-vdpa", "/dev/iommu"];
-        if flags & libc::O_DIRECT != 0 && target.starts_with('/')
-            || pins.iter().any(|pin| target.starts_with(pin))
-        {
-            return Ok(Some(target));
-        }
-    }
-    Ok(None)
-}
-
-impl DirtyTracker for QemuTracker {
-    fn start(&mut self) -> Result<(), MachineError> {
-        self.watch = None;
-        self.check()?;
-        for region in self.regions.iter() {
-            let others = memory::users(&region.file, &[self.process.pid()]);
-            if let Some(&pid) = others.first() {
-                return Err(TrackError::OtherUser(pid).into());
-            }
-        }
-        self.pieces = self.find()?;
-        let ranges = self.pieces.iter().map(|piece| (piece.host, piece.bytes));
-        self.watch = Some(WriteWatch::start(&self.process, ranges.collect())?);
-        Ok(())
-    }
-
-    fn collect(&mut self, dirty: &mut dyn FnMut(PageRange)) -> Result<(), MachineError> {
-        self.check()?;
         if self.find()? != self.pieces {
             return Err(TrackError::Changed.into());
         }
+        Ok(())
+    }
+
+    fn scan(&mut self, dirty: &mut dyn FnMut(PageRange)) -> Result<(), MachineError> {
+        if self.watch.is_none() {
+            return Err(TrackError::NotStarted.into());
+        }
+        self.check()?;
         let watch = self.watch.as_mut().ok_or(TrackError::NotStarted)?;
         let pieces = &self.pieces;
         watch.collect(&mut |start, end| {
@@ -176,7 +140,39 @@ impl DirtyTracker for QemuTracker {
                 dirty(PageRange::new(PageIndex(page), (end - start) >> PAGE_SHIFT));
             }
         })?;
+        self.check()?;
+        self.check_others()
+    }
+
+    fn check_others(&self) -> Result<(), MachineError> {
+        let files = self.regions.iter().map(|region| &*region.file);
+        match unseen::process(files, self.process.pid()).map_err(TrackError::Others)? {
+            Some(pid) => Err(TrackError::OtherUser(pid).into()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl DirtyTracker for QemuTracker {
+    fn start(&mut self) -> Result<(), MachineError> {
+        self.watch = None;
+        self.pieces = self.find()?;
+        self.check()?;
+        let ranges = self.pieces.iter().map(|piece| (piece.host, piece.bytes));
+        let watch = WriteWatch::start(&self.process, ranges.collect())?;
+        self.check()?;
+        self.check_others()?;
+        self.watch = Some(watch);
         Ok(())
+    }
+
+    fn collect(&mut self, dirty: &mut dyn FnMut(PageRange)) -> Result<(), MachineError> {
+        let scanned = self.scan(dirty);
+        if scanned.is_err() {
+            // What was missed would never be reported.
+            self.watch = None;
+        }
+        scanned
     }
 
     fn stop(&mut self) -> Result<(), MachineError> {

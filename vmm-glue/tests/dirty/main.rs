@@ -1,11 +1,16 @@
-//! Noting the writes of another process, which drops its page-table entries meanwhile.
+//! Noting the writes of another process, which drops its page-table entries meanwhile: deed by deed, and by a model.
 //!
 //! The test program starts itself again for that process: the one that is watched must not be the one that watches.
 
 // Clippy allows these in tests only, not in what tests share.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../common/mod.rs"]
+mod common;
+mod memory;
+mod model;
 mod sys;
+mod writer;
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
@@ -14,19 +19,21 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use lazyvm_vmm_glue::attach::Process;
 use lazyvm_vmm_glue::dirty::WriteWatch;
 
-/// Two page tables' worth.
-const PAGES: u64 = 1024;
+use memory::{Kind, Memory};
+
+const PAGES: u64 = (4 * memory::HUGE / 4096) as u64;
 const CHILD: &str = "LAZYVM_TEST_DIRTY";
 
 fn the_other_process() {
-    let memory = sys::Shared::map(PAGES as usize);
-    println!("{}", memory.address());
+    let memory = Memory::new(Kind::Memfd);
+    println!("{}", memory.mapped.address());
     for line in std::io::stdin().lines() {
         let line = line.unwrap();
+        let at = |page: &str| page.parse::<usize>().unwrap() * 4096;
         match line.split_once(' ') {
-            Some(("write", page)) => memory.write(page.parse().unwrap()),
-            Some(("read", page)) => drop(memory.read(page.parse().unwrap())),
-            _ => memory.drop_entries(),
+            Some(("write", page)) => memory.mapped.store(at(page), 1),
+            Some(("read", page)) => drop(memory.mapped.load(at(page))),
+            _ => memory.unmap(0, memory.kind.bytes()),
         }
         println!("done");
     }
@@ -85,9 +92,23 @@ impl Other {
 }
 
 fn main() {
-    if std::env::var_os(CHILD).is_some() {
-        return the_other_process();
+    match std::env::var(CHILD) {
+        Ok(words) if words.contains(' ') => return writer::run(&words),
+        Ok(_) => return the_other_process(),
+        Err(_) => {}
     }
+    if !nix::unistd::geteuid().is_root() {
+        return common::skip(
+            "dirty",
+            "only root can watch another process's kernel accesses",
+        );
+    }
+    deed_by_deed();
+    model::run();
+    println!("dirty: ok");
+}
+
+fn deed_by_deed() {
     let mut other = Other::start();
     assert!(other.collect().is_empty(), "all is clean at the start");
     other.tell("read 3");
@@ -114,5 +135,4 @@ fn main() {
     other.tell("write 1");
     other.child.kill().unwrap();
     other.child.wait().unwrap();
-    println!("dirty: ok");
 }

@@ -1,63 +1,98 @@
 //! The calls of this test that the compiler can't check.
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::ptr;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use nix::libc;
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::ftruncate;
 
-/// Shared memory that stays mapped for as long as the process.
-pub struct Shared {
+use crate::memory::HUGE;
+
+/// Memory that stays mapped for as long as the process.
+pub struct Mapped {
     address: *mut u8,
-    pages: usize,
+    bytes: usize,
 }
 
-impl Shared {
-    pub fn map(pages: usize) -> Self {
-        let file = memfd_create(c"memory", MFdFlags::MFD_CLOEXEC).unwrap();
-        ftruncate(&file, (pages * 4096) as i64).unwrap();
+// SAFETY: the mapping is never undone, and Rust reads and writes it by atomics only.
+unsafe impl Send for Mapped {}
+// SAFETY: as above.
+unsafe impl Sync for Mapped {}
+
+impl Mapped {
+    /// `bytes` of a file, shared; without one, private.
+    pub fn new(bytes: usize, file: Option<&File>, transparent: bool) -> Self {
+        let (flags, fd) = match file {
+            Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
+            None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+        };
+        // A huge page begins at a whole multiple of its size.
+        let room = if transparent { bytes + HUGE } else { bytes };
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping, which nothing else knows of.
-        let address = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                pages * 4096,
-                protection,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                0,
-            )
-        };
+        let address = unsafe { libc::mmap(ptr::null_mut(), room, protection, flags, fd, 0) };
         assert_ne!(address, libc::MAP_FAILED);
-        Self {
-            address: address.cast(),
-            pages,
+        let address: *mut u8 = address.cast();
+        let address = address.wrapping_add((room - bytes).min(address.align_offset(HUGE)));
+        let advice = if transparent {
+            libc::MADV_HUGEPAGE
+        } else {
+            libc::MADV_NOHUGEPAGE
+        };
+        if file.is_none() {
+            // SAFETY: within the mapping; no byte of it changes.
+            let result = unsafe { libc::madvise(address.cast(), bytes, advice) };
+            assert_eq!(result, 0);
         }
+        Self { address, bytes }
     }
 
     pub fn address(&self) -> u64 {
         self.address as u64
     }
 
-    pub fn write(&self, page: usize) {
-        assert!(page < self.pages);
-        // SAFETY: in the mapping, which is never undone, and nobody else writes.
-        unsafe { self.address.add(page * 4096).write_volatile(1) }
+    /// At a whole multiple of eight.
+    pub fn store(&self, at: usize, value: u64) {
+        assert!(at + 8 <= self.bytes && at.is_multiple_of(8));
+        // SAFETY: in the mapping, and aligned.
+        let word = unsafe { AtomicU64::from_ptr(self.address.add(at).cast()) };
+        word.store(value, Ordering::Relaxed);
     }
 
-    pub fn read(&self, page: usize) -> u8 {
-        assert!(page < self.pages);
-        // SAFETY: as above.
-        unsafe { self.address.add(page * 4096).read_volatile() }
+    pub fn load(&self, at: usize) -> u8 {
+        assert!(at < self.bytes);
+        // SAFETY: in the mapping.
+        let byte = unsafe { AtomicU8::from_ptr(self.address.add(at)) };
+        byte.load(Ordering::Relaxed)
     }
 
-    /// The contents stay in the file.
-    pub fn drop_entries(&self) {
+    /// Has the kernel write `length` bytes of a file, from an offset or as they come.
+    pub fn read_exactly(&self, from: &File, offset: Option<i64>, at: usize, length: usize) {
+        assert!(at + length <= self.bytes);
+        let mut done = 0;
+        while done < length {
+            let (fd, left) = (from.as_raw_fd(), length - done);
+            // SAFETY: in the mapping, which Rust has no reference to.
+            let count = unsafe {
+                let to = self.address.add(at + done).cast();
+                match offset {
+                    Some(offset) => libc::pread(fd, to, left, offset + done as i64),
+                    None => libc::read(fd, to, left),
+                }
+            };
+            assert!(count > 0, "{}", std::io::Error::last_os_error());
+            done += count as usize;
+        }
+    }
+
+    /// Of shared memory only: the contents stay in the file.
+    pub fn drop_entries(&self, at: usize, bytes: usize) {
+        assert!(at + bytes <= self.bytes);
         // SAFETY: the memory is shared with a file, so no byte of it changes.
         let result =
-            unsafe { libc::madvise(self.address.cast(), self.pages * 4096, libc::MADV_DONTNEED) };
+            unsafe { libc::madvise(self.address.add(at).cast(), bytes, libc::MADV_DONTNEED) };
         assert_eq!(result, 0);
     }
 }

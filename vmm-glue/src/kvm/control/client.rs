@@ -161,14 +161,53 @@ impl ControlClient {
         if bytes > STATE_MAX as u64 {
             return Err(self.problem(&format!("a state of {bytes} bytes")));
         }
-        let mut state = vec![0; bytes as usize];
-        let buffered = self.buffer.len().min(state.len());
-        state[..buffered].copy_from_slice(&self.buffer[..buffered]);
+        self.read_bytes(bytes as usize)
+    }
+
+    /// Has it note which pages it writes from now on; gives the session's number.
+    ///
+    /// # Errors
+    /// [`ControlError`]; refused while the memory is still arriving, and by monitors that can't.
+    pub fn track(&mut self) -> Result<u64, ControlError> {
+        match self.request(Command::Track)?.0 {
+            Outcome::Tracking { session } => Ok(session),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Takes the pages that it has written since the last time, of an image of `pages`: page `n` is bit `n % 8` of byte
+    /// `n / 8`.
+    ///
+    /// # Errors
+    /// [`ControlError`]; what was written may then be lost, and any page may have been. Refused for a session that has
+    /// ended.
+    pub fn written(&mut self, session: u64, pages: u64) -> Result<Vec<u8>, ControlError> {
+        match self.request(Command::Written { session })?.0 {
+            Outcome::Written { bytes } if bytes == pages.div_ceil(8) => {
+                self.read_bytes(bytes as usize)
+            }
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Has it note writes no longer. No effect on a session that has ended.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn untrack(&mut self, session: u64) -> Result<(), ControlError> {
+        self.do_it(Command::Untrack { session })
+    }
+
+    /// What comes behind a reply's line.
+    fn read_bytes(&mut self, count: usize) -> Result<Vec<u8>, ControlError> {
+        let mut bytes = vec![0; count];
+        let buffered = self.buffer.len().min(count);
+        bytes[..buffered].copy_from_slice(&self.buffer[..buffered]);
         self.buffer.drain(..buffered);
         self.stream
-            .read_exact(&mut state[buffered..])
+            .read_exact(&mut bytes[buffered..])
             .map_err(|source| self.lost(source))?;
-        Ok(state)
+        Ok(bytes)
     }
 
     fn do_it(&mut self, command: Command) -> Result<(), ControlError> {

@@ -10,12 +10,19 @@
 //! {"v":1,"command":"release"}                    {"v":1,"reply":"done"}
 //! {"v":1,"command":"memory"}                     {"v":1,"reply":"memory","body":{"layout":…,"offer":…}}
 //! {"v":1,"command":"state"}                      {"v":1,"reply":"state","body":{"bytes":12345}}  and those bytes
+//! {"v":1,"command":"track"}                      {"v":1,"reply":"tracking","body":{"session":1}}
+//! {"v":1,"command":"written","session":1}        {"v":1,"reply":"written","body":{"bytes":512}}  and those bytes
+//! {"v":1,"command":"untrack","session":1}        {"v":1,"reply":"done"}
 //! anything else                                  {"v":1,"reply":"error","body":{"message":"…"}}
 //! ```
 //!
 //! With the reply to `memory` comes a descriptor of the guest memory's file, for reading only (`SCM_RIGHTS`).
 //! `state` pauses the machine. Several clients may be connected; a client that goes away changes nothing, above all
 //! it does not resume a machine that it paused. `release` ends a paused machine whose place another has taken.
+//!
+//! `track` begins to note which pages the guest writes, and ends what an earlier `track` began. `written` takes those
+//! that were written since, as a bitmap of the image: page `n` is bit `n % 8` of byte `n / 8`. Taken is taken: a client
+//! that did not get the whole reply must begin again. A machine from before these three refuses them as unknown.
 //!
 //! Any change to the messages that an old peer would misread is a new [`CONTROL_VERSION`].
 
@@ -113,6 +120,13 @@ enum Command {
     Release,
     Memory,
     State,
+    Track,
+    Written {
+        session: u64,
+    },
+    Untrack {
+        session: u64,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,6 +143,8 @@ enum Outcome {
     Status(Box<Status>),
     Memory(Box<MemoryInfo>),
     State { bytes: u64 },
+    Tracking { session: u64 },
+    Written { bytes: u64 },
     Error { message: String },
 }
 
@@ -192,6 +208,15 @@ mod tests {
             (r#"{"v":1,"command":"release"}"#, Command::Release),
             (r#"{"v":1,"command":"memory"}"#, Command::Memory),
             (r#"{"v":1,"command":"state"}"#, Command::State),
+            (r#"{"v":1,"command":"track"}"#, Command::Track),
+            (
+                r#"{"v":1,"command":"written","session":18446744073709551615}"#,
+                Command::Written { session: u64::MAX },
+            ),
+            (
+                r#"{"v":1,"command":"untrack","session":7}"#,
+                Command::Untrack { session: 7 },
+            ),
         ] {
             let request: Request = parse(line.as_bytes()).unwrap();
             assert_eq!(request, Request { v: 1, command });
@@ -216,7 +241,23 @@ mod tests {
             outcome: Outcome::Done,
         };
         assert_eq!(line_of(&done).unwrap(), b"{\"v\":1,\"reply\":\"done\"}\n");
-        for reply in [reply, done] {
+        let tracking = Reply {
+            v: 1,
+            outcome: Outcome::Tracking { session: 7 },
+        };
+        assert_eq!(
+            line_of(&tracking).unwrap(),
+            b"{\"v\":1,\"reply\":\"tracking\",\"body\":{\"session\":7}}\n"
+        );
+        let written = Reply {
+            v: 1,
+            outcome: Outcome::Written { bytes: 512 },
+        };
+        assert_eq!(
+            line_of(&written).unwrap(),
+            b"{\"v\":1,\"reply\":\"written\",\"body\":{\"bytes\":512}}\n"
+        );
+        for reply in [reply, done, tracking, written] {
             assert_eq!(
                 parse::<Reply>(line_of(&reply).unwrap().trim_ascii_end()).unwrap(),
                 reply

@@ -267,15 +267,33 @@ impl Conversation {
             }
             Command::Release => self.done(machine.release()),
             Command::Memory => self.hand_memory(&machine),
-            Command::State => match machine.take_state() {
-                Ok(state) => {
-                    self.reply(Outcome::State {
-                        bytes: state.len() as u64,
-                    })?;
-                    self.stream.write_all(&state)
-                }
+            Command::State => {
+                self.with_bytes(machine.take_state(), |bytes| Outcome::State { bytes })
+            }
+            Command::Track => match machine.track() {
+                Ok(session) => self.reply(Outcome::Tracking { session }),
                 Err(error) => self.done(Err(error)),
             },
+            Command::Written { session } => {
+                let written = machine.take_written(session);
+                self.with_bytes(written, |bytes| Outcome::Written { bytes })
+            }
+            Command::Untrack { session } => self.done(machine.untrack(session)),
+        }
+    }
+
+    /// A line that tells how many bytes come behind it, and these.
+    fn with_bytes(
+        &mut self,
+        result: Result<Vec<u8>, OperationError>,
+        outcome: impl FnOnce(u64) -> Outcome,
+    ) -> io::Result<()> {
+        match result {
+            Ok(bytes) => {
+                self.reply(outcome(bytes.len() as u64))?;
+                self.stream.write_all(&bytes)
+            }
+            Err(error) => self.done(Err(error)),
         }
     }
 

@@ -90,6 +90,14 @@ pub enum OperationError {
     /// KVM refused.
     #[error("cannot take the machine's state")]
     Transfer(#[from] TransferError),
+    /// KVM does not note writes.
+    #[error("cannot note which pages the machine writes (KVM's dirty log; Linux 5.5 or newer)")]
+    Track(#[source] vmm_sys_util::errno::Error),
+    /// Nobody notes them, or for someone else.
+    #[error(
+        "the machine's writes are not being noted for this tracker; another one may have begun"
+    )]
+    NotTracked,
     /// The state can't be written.
     #[error("cannot encode the machine's state")]
     Encode(#[from] postcard::Error),

@@ -2,6 +2,7 @@
 
 mod error;
 mod shared;
+mod writes;
 
 use std::fs::File;
 use std::io;

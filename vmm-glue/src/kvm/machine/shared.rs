@@ -23,6 +23,7 @@ use super::super::serial::{self, Console, SerialTarget};
 use super::super::state::{self, MachineState, Shape};
 use super::super::sys::{GuestVm, Vcpu};
 use super::super::vcpu::Slot;
+use super::writes::Writes;
 use super::{AssembleError, OperationError};
 
 /// How often held-back console output is written out.
@@ -37,7 +38,7 @@ pub(in crate::kvm) struct Shared {
     id: String,
     payload: Mutex<String>,
     offer: MachineOffer,
-    vm: Arc<GuestVm>,
+    pub(super) vm: Arc<GuestVm>,
     needs: Compatibility,
     msr_indices: Vec<u32>,
     slots: Vec<Slot>,
@@ -49,6 +50,7 @@ pub(in crate::kvm) struct Shared {
     memory_complete: AtomicBool,
     /// Its state was given away, and it has not been resumed since.
     handed_out: AtomicBool,
+    pub(super) writes: Mutex<Writes>,
 }
 
 impl Shared {
@@ -104,6 +106,7 @@ impl Shared {
             operation: Mutex::new(()),
             memory_complete: AtomicBool::new(false),
             handed_out: AtomicBool::new(false),
+            writes: Mutex::default(),
         })
     }
 

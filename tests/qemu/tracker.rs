@@ -1,0 +1,149 @@
+//! Which pages a running QEMU writes, as the source's tracker tells: who copies all memory and then what is reported has
+//! the RAM byte for byte in the end.
+
+use std::fs::{self, File};
+use std::sync::Arc;
+use std::time::Duration;
+
+use lazyvm_server::port::{DirtyTracker, SourceMachine, SourceMemory};
+use lazyvm_vmm_glue::qemu::Source;
+use lazyvm_wire::{PageIndex, PageRange};
+
+use crate::common::wait_for;
+use crate::guest::{Qemus, Shape, can_move};
+use crate::load::devices;
+
+const SHAPE: Shape = Shape {
+    memory_mib: 256,
+    cpus: 2,
+    fill_mib: 64,
+};
+
+const DISK_BYTES: u64 = 16 << 20;
+
+/// A reader's copy of the RAM.
+struct Copy {
+    memory: Arc<dyn SourceMemory>,
+    bytes: Vec<u8>,
+}
+
+impl Copy {
+    fn of(source: &Source) -> Self {
+        let layout = source.layout();
+        let mut copy = Self {
+            memory: source.memory(),
+            bytes: vec![0; layout.bytes() as usize],
+        };
+        copy.read(PageRange::new(PageIndex(0), layout.pages()));
+        copy
+    }
+
+    fn read(&mut self, range: PageRange) {
+        let start = range.first.byte_offset() as usize;
+        let part = &mut self.bytes[start..start + range.bytes() as usize];
+        self.memory.read(range, part).unwrap();
+    }
+
+    /// Copies what is reported; gives how many pages that was.
+    fn collect(&mut self, tracker: &mut dyn DirtyTracker) -> u64 {
+        let mut ranges = Vec::new();
+        tracker.collect(&mut |range| ranges.push(range)).unwrap();
+        for &range in &ranges {
+            self.read(range);
+        }
+        ranges.iter().map(|range| range.count).sum()
+    }
+}
+
+/// A guest that works on its memory, its disk and its network, while a scout drops QEMU's page-table entries.
+#[test]
+fn what_a_tracker_reports_is_all_that_is_written() {
+    let test = "what_a_tracker_reports_is_all_that_is_written";
+    if !can_move(test) {
+        return;
+    }
+    let mut qemus = Qemus::new(SHAPE);
+    let disk = qemus.home.path("disk");
+    File::create(&disk).unwrap().set_len(DISK_BYTES).unwrap();
+    qemus.devices = devices(&disk).replace("cache=none", "cache=writeback");
+    qemus.append = "load=1".to_owned();
+    let _qemu = qemus.start("a");
+    let source = Source::connect(&qemus.qmp("a")).unwrap();
+    let mut tracker = source.tracker().unwrap();
+    let mut scout = source.scout().unwrap();
+    tracker.start().unwrap();
+    let mut copy = Copy::of(&source);
+    let mut reported = 0;
+    for round in 0..16 {
+        if round % 3 == 1 {
+            scout.watch().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        if round % 3 == 2 {
+            scout.look().unwrap();
+        }
+        reported += copy.collect(&mut *tracker);
+    }
+    source.prepare_pause().unwrap();
+    source.pause().unwrap();
+    let last = copy.collect(&mut *tracker);
+    let now = fs::read(qemus.ram().join("a")).unwrap();
+    let differ = now.chunks(4096).zip(copy.bytes.chunks(4096)).enumerate();
+    let differ: Vec<_> = differ
+        .filter(|(_, (now, copied))| now != copied)
+        .map(|(page, _)| page)
+        .collect();
+    assert!(differ.is_empty(), "pages {differ:?} were written unseen");
+    assert_eq!(copy.collect(&mut *tracker), 0, "nobody writes any more");
+    assert!(reported > 0 && last < source.layout().pages());
+    eprintln!("{test}: {reported} pages reported while the guest ran, {last} after the pause");
+    tracker.stop().unwrap();
+    assert!(tracker.collect(&mut |_| {}).is_err());
+    source.resume().unwrap();
+    qemus.wait_ticks("a", 5);
+}
+
+/// A process that maps the RAM after the start writes unseen.
+#[test]
+fn a_tracker_ends_when_another_process_maps_the_ram() {
+    if !can_move("a_tracker_ends_when_another_process_maps_the_ram") {
+        return;
+    }
+    let qemus = Qemus::new(SHAPE);
+    let _qemu = qemus.start("a");
+    let source = Source::connect(&qemus.qmp("a")).unwrap();
+    let mut tracker = source.tracker().unwrap();
+    tracker.start().unwrap();
+    tracker.collect(&mut |_| {}).unwrap();
+    let backend = format!(
+        "memory-backend-file,id=ram0,mem-path={},share=on,size=256M",
+        qemus.ram().join("a").display()
+    );
+    let other = "qemu-system-x86_64 -S -accel tcg -machine none -nodefaults -display none -object";
+    let mut words: Vec<_> = other.split(' ').map(str::to_owned).collect();
+    words.push(backend);
+    let _other = qemus.launch("other", &words);
+    let error = wait_for("refusal", || tracker.collect(&mut |_| {}).err());
+    assert!(error.to_string().contains("RAM mapped as well"), "{error}");
+    // What was written meanwhile would never be reported.
+    assert!(tracker.collect(&mut |_| {}).is_err());
+    qemus.wait_ticks("a", 3);
+}
+
+/// The kernel may read from such a disk straight into pages that were pinned before.
+#[test]
+fn a_disk_past_the_page_cache_is_refused_by_a_tracker() {
+    if !can_move("a_disk_past_the_page_cache_is_refused_by_a_tracker") {
+        return;
+    }
+    let mut qemus = Qemus::new(SHAPE);
+    let disk = qemus.home.path("disk");
+    File::create(&disk).unwrap().set_len(DISK_BYTES).unwrap();
+    qemus.devices = devices(&disk);
+    let _qemu = qemus.start("a");
+    let source = Source::connect(&qemus.qmp("a")).unwrap();
+    let mut tracker = source.tracker().unwrap();
+    let error = tracker.start().unwrap_err().to_string();
+    assert!(error.contains("O_DIRECT"), "{error}");
+    qemus.wait_ticks("a", 3);
+}

@@ -1,0 +1,129 @@
+//! The process that is watched: threads that write to its memory in every way, until they are told to pause.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, RwLock};
+
+use crate::memory::{Kind, Memory};
+
+/// Threads that write.
+const WRITERS: u64 = 3;
+
+/// Numbers that look random, the same for the same seed (xorshift64*).
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+}
+
+/// `KIND SEED`, as the environment tells it.
+pub fn run(words: &str) {
+    let (kind, seed) = words.split_once(' ').unwrap();
+    let memory = Arc::new(Memory::new(Kind::parse(kind)));
+    populate(&memory);
+    // Held by each writer for a deed, and by this thread while they are to pause.
+    let turn = Arc::new(RwLock::new(()));
+    let mut pause = Some(turn.write().unwrap());
+    for number in 0..WRITERS {
+        let (memory, turn) = (Arc::clone(&memory), Arc::clone(&turn));
+        let mut writer = Writer::new(memory, seed.parse::<u64>().unwrap() * WRITERS + number);
+        std::thread::spawn(move || {
+            loop {
+                let _turn = turn.read().unwrap();
+                writer.do_something();
+            }
+        });
+    }
+    println!("{} {}", memory.mapped.address(), memory.descriptor());
+    for line in std::io::stdin().lines() {
+        pause = match line.unwrap().as_str() {
+            "go" => None,
+            _ => Some(pause.unwrap_or_else(|| turn.write().unwrap())),
+        };
+        println!("done");
+    }
+    std::process::exit(0);
+}
+
+/// Half of it is there when the watch begins.
+fn populate(memory: &Memory) {
+    for at in (0..memory.kind.bytes() / 2).step_by(4096) {
+        memory.mapped.store(at, at as u64 + 1);
+    }
+}
+
+struct Writer {
+    memory: Arc<Memory>,
+    random: Random,
+    pipe: (File, File),
+    file: File,
+}
+
+impl Writer {
+    fn new(memory: Arc<Memory>, seed: u64) -> Self {
+        let (from, to): (OwnedFd, OwnedFd) = nix::unistd::pipe().unwrap();
+        let mut random = Random::new(seed);
+        let mut file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..1 << 16).map(|_| random.next() as u8).collect();
+        file.write_all(&bytes).unwrap();
+        Self {
+            memory,
+            random,
+            pipe: (from.into(), to.into()),
+            file,
+        }
+    }
+
+    fn do_something(&mut self) {
+        let Memory { kind, mapped, .. } = &*self.memory;
+        let length = 1 + self.random.below(3 * 4096);
+        let at = self.random.below(kind.bytes() - length);
+        match self.random.below(64) {
+            0..40 => mapped.store(at & !7, self.random.next()),
+            40..48 => drop(mapped.load(at)),
+            48..54 => {
+                let data = vec![self.random.next() as u8; length];
+                self.pipe.1.write_all(&data).unwrap();
+                mapped.read_exactly(&self.pipe.0, None, at, length);
+            }
+            54..60 => {
+                let from = self.random.below((1 << 16) - length);
+                mapped.read_exactly(&self.file, Some(from as i64), at, length);
+            }
+            _ if !kind.is_shared() => {}
+            _ => {
+                let unit = kind.unit();
+                let units = kind.bytes() / unit;
+                let first = self.random.below(units);
+                let count = 1 + self.random.below(units - first);
+                self.memory.unmap(first * unit, count * unit);
+            }
+        }
+    }
+}
+
+/// How many bytes of transparent huge pages are in the process `pid`.
+pub fn transparent_bytes(pid: u32) -> u64 {
+    let mut text = String::new();
+    let mut file = File::open(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    file.read_to_string(&mut text).unwrap();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("AnonHugePages:"));
+    let kib = line.unwrap().trim().trim_end_matches(" kB");
+    kib.trim().parse::<u64>().unwrap() << 10
+}
