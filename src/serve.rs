@@ -60,7 +60,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     session_dir: Option<PathBuf>,
     /// How the VM is moved
-    #[arg(long, default_value = "postcopy")]
+    #[arg(long, default_value = "hybrid")]
     mode: Mode,
     /// How long memory goes ahead of the pause at most in hybrid and precopy [default: as long as that pays]
     #[arg(long, value_name = "TIME", value_parser = units::duration)]
@@ -143,7 +143,7 @@ impl ServeArgs {
                 "a Firecracker makes its memory while it starts, so it can't wait for all of it: leave --mode stop out",
             ));
         }
-        if self.mode != Mode::Postcopy && self.source.snapshot.is_some() {
+        if matches!(self.mode, Mode::Precopy | Mode::Stop) && self.source.snapshot.is_some() {
             return Err(Problem::new(
                 Exit::Usage,
                 "a snapshot does not run, so nothing of it can go ahead: leave --mode out",

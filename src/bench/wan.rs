@@ -19,7 +19,7 @@ use crate::units;
 #[derive(Args)]
 pub struct WanArgs {
     /// How the VM is moved
-    #[arg(long, default_value = "postcopy")]
+    #[arg(long, default_value = "hybrid")]
     mode: Mode,
     #[command(flatten)]
     path: PathArgs,
