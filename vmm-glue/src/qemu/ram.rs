@@ -61,6 +61,25 @@ impl SharedRam {
         Ok(())
     }
 
+    /// Calls `hole` with each run of pages that are holes now, ascending.
+    pub fn holes(&self, hole: &mut dyn FnMut(PageRange)) -> io::Result<()> {
+        for (start, region) in &self.regions {
+            let pages = |from: u64, to: u64| {
+                let first = (from - region.offset).div_ceil(PAGE_SIZE as u64);
+                let behind = (to - region.offset) >> PAGE_SHIFT;
+                PageRange::new(PageIndex(start + first), behind.saturating_sub(first))
+            };
+            let end = region.offset + region.bytes;
+            let mut at = region.offset;
+            data_between(&region.file, region.offset, end, &mut |from, to| {
+                hole(pages(at, from));
+                at = to;
+            })?;
+            hole(pages(at, end));
+        }
+        Ok(())
+    }
+
     fn seen(&self) -> MutexGuard<'_, Vec<Vec<(u64, u64)>>> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -153,6 +153,15 @@ impl Inner {
         Ok(())
     }
 
+    /// Whether the VM has a balloon or memory that it can unplug.
+    fn may_give_memory_back(&mut self) -> bool {
+        let balloon = self.qmp.run("query-balloon", json!({}));
+        let devices = self.qmp.run("query-memory-devices", json!({}));
+        let none = matches!(balloon, Err(QmpError::Refused { .. }))
+            && devices.is_ok_and(|devices| devices.as_array().is_some_and(Vec::is_empty));
+        !none
+    }
+
     fn stop_and_save(&mut self) -> Result<Vec<u8>, SourceError> {
         let mut socket = match self.socket.take() {
             Some(socket) => socket,
@@ -262,11 +271,12 @@ impl SourceMachine for Source {
     }
 
     fn tracker(&self) -> Option<Box<dyn DirtyTracker>> {
-        Some(Box::new(QemuTracker::new(
-            Arc::clone(&self.process),
-            Arc::clone(&self.regions),
-            &self.layout,
-        )))
+        let (process, regions) = (Arc::clone(&self.process), Arc::clone(&self.regions));
+        let tracker = QemuTracker::new(process, regions, &self.layout);
+        if self.inner().may_give_memory_back() {
+            return Some(Box::new(tracker.with_holes_of(Arc::clone(&self.memory))));
+        }
+        Some(Box::new(tracker))
     }
 
     fn prepare_pause(&self) -> Result<(), MachineError> {

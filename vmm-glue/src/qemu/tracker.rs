@@ -8,6 +8,7 @@ use lazyvm_wire::{Gpa, Layout, PAGE_SHIFT, PageIndex, PageRange};
 use nix::libc;
 
 use super::memory::RamRegion;
+use super::ram::SharedRam;
 use super::unseen;
 use crate::attach::Process;
 use crate::dirty::WriteWatch;
@@ -49,6 +50,8 @@ pub(super) struct QemuTracker {
     layout: Layout,
     pieces: Vec<Piece>,
     watch: Option<WriteWatch>,
+    /// Where the guest gives memory back: the kernel reports no write for a page that becomes a hole.
+    holes_of: Option<Arc<SharedRam>>,
 }
 
 impl QemuTracker {
@@ -59,6 +62,15 @@ impl QemuTracker {
             layout: layout.clone(),
             pieces: Vec::new(),
             watch: None,
+            holes_of: None,
+        }
+    }
+
+    /// Reports all holes of the memory too, whenever writes are asked for. That takes a walk through all of it.
+    pub fn with_holes_of(self, memory: Arc<SharedRam>) -> Self {
+        Self {
+            holes_of: Some(memory),
+            ..self
         }
     }
 
@@ -140,6 +152,9 @@ impl QemuTracker {
                 dirty(PageRange::new(PageIndex(page), (end - start) >> PAGE_SHIFT));
             }
         })?;
+        if let Some(memory) = &self.holes_of {
+            memory.holes(dirty)?;
+        }
         self.check()?;
         self.check_others()
     }
