@@ -25,7 +25,7 @@ fn let_everybody_in(path: &Path) {
 }
 
 /// The size that QEMU `name`'s guest has left itself once it is `wanted`; it goes there bit by bit.
-fn set_balloon(qemus: &Qemus, name: &str, mib: u64) {
+pub fn set_balloon(qemus: &Qemus, name: &str, mib: u64) {
     let bytes = mib * MIB;
     let command = format!("{{\"execute\":\"balloon\",\"arguments\":{{\"value\":{bytes}}}}}");
     let answer = qemus.qmp_command(name, &command);
