@@ -102,12 +102,16 @@ impl Home {
         program
     }
 
-    /// `lazyvm serve` of the machine `vm`, and the ticket that it prints.
+    /// `lazyvm serve` of the machine `vm`, and the ticket that it prints. Unless the flags say otherwise, memory follows the
+    /// machine, which is where most can go wrong.
     pub fn serve(&self, name: &str, vm: &str, flags: &[&str]) -> (Program, String) {
         let mut command = lazyvm();
         command.args(["serve", "--vm"]).arg(self.path(vm));
         if !flags.contains(&"--listen") {
             command.args(["--listen", "127.0.0.1:0"]);
+        }
+        if !flags.contains(&"--mode") {
+            command.args(["--mode", "postcopy"]);
         }
         let mut program = self.start(name, command.args(flags).stdout(Stdio::piped()));
         let mut ticket = String::new();
