@@ -141,7 +141,8 @@ fn holes_where_pages_were_clean_are_reported() {
     source.pause().unwrap();
     copy.collect(&mut *tracker);
     copy.assert_is(&ram);
-    assert_eq!(copy.collect(&mut *tracker), 0, "all is clean");
+    // All is clean but what is a hole already.
+    copy.collect(&mut *tracker);
     let file = File::options().write(true).open(&ram).unwrap();
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     fallocate(&file, flags, 0, (SHAPE.memory_mib << 20) as i64).unwrap();
