@@ -118,7 +118,7 @@ for _ in 1 2 3; do
 done
 
 headline "2. lazyvm serve offers it, in a process of its own"
-start serve "$lazyvm" serve --vm "$dir/source.sock" --listen 127.0.0.1:0 --ticket-file "$dir/ticket" \
+start serve "$lazyvm" serve --mode postcopy --vm "$dir/source.sock" --listen 127.0.0.1:0 --ticket-file "$dir/ticket" \
     --max-bandwidth "$push_limit"
 wait_until 10 "the ticket" serve test -s "$dir/ticket"
 say "lazyvm serve, process ${pids[serve]}"
