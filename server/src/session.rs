@@ -449,11 +449,7 @@ impl Session {
     /// All pages that hold data while the machine runs. Blocks.
     pub fn data_now(&self) -> Result<Vec<PageRange>, String> {
         let mut runs = Vec::new();
-        self.config
-            .machine
-            .memory()
-            .data_runs(&mut |range| runs.push(range))
-            .map_err(|error| format!("can't find the data in the machine's memory: {error}"))?;
+        self.find_data(&mut |range| runs.push(range))?;
         Ok(runs)
     }
 
@@ -470,12 +466,15 @@ impl Session {
 
     fn page_map(&self) -> Result<PageMap, String> {
         let mut map = PageMap::zeroed(self.config.machine.layout().pages());
-        self.config
-            .machine
-            .memory()
-            .data_runs(&mut |range| map.set_data(range))
-            .map_err(|error| format!("can't find the data in the machine's memory: {error}"))?;
+        self.find_data(&mut |range| map.set_data(range))?;
         Ok(map)
+    }
+
+    fn find_data(&self, data: &mut dyn FnMut(PageRange)) -> Result<(), String> {
+        let memory = self.config.machine.memory();
+        memory
+            .data_runs(data)
+            .map_err(|error| format!("can't find the data in the machine's memory: {error}"))
     }
 
     /// Lets the machine run on here. Blocks.
