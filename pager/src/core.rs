@@ -48,29 +48,39 @@ pub(crate) struct Core {
     pub layout: Layout,
     pub installer: Installer,
     pub statistics: Arc<Statistics>,
-    pub verifier: Option<Verifier>,
+    pub verifier: Option<Arc<Verifier>>,
     pub supply: Supply,
-    /// No page is missing, and all are compared where that was asked for.
-    pub all_here: Notify,
+    /// Something may have been the last that was missing or not compared.
+    pub all_here: Arc<Notify>,
     connections: Mutex<Vec<Connection>>,
 }
 
 impl Core {
     pub fn new(
         layout: Layout,
-        installer: Installer,
+        mut installer: Installer,
         statistics: Arc<Statistics>,
         supply: Supply,
         verify: bool,
     ) -> Self {
-        let verifier = verify.then(|| Verifier::new(layout.pages()));
+        let verifier = verify.then(|| Arc::new(Verifier::new(layout.pages())));
+        let all_here = Arc::new(Notify::new());
+        if let Some(verifier) = verifier.clone() {
+            let all_here = all_here.clone();
+            installer.set_witness(Box::new(move |range, data| {
+                verifier.installed(range, data);
+                if verifier.open() == 0 {
+                    all_here.notify_one();
+                }
+            }));
+        }
         Self {
             layout,
             installer,
             statistics,
             verifier,
             supply,
-            all_here: Notify::new(),
+            all_here,
             connections: Mutex::default(),
         }
     }
@@ -118,14 +128,6 @@ impl Core {
     /// Takes in which of them are still the same; how many of those are here.
     pub fn hold(&self, held: &[HeldRun]) -> Result<u64, InstallError> {
         let pages = self.installer.hold(held)?;
-        if let Some(verifier) = &self.verifier {
-            let compared = self
-                .installer
-                .read_held(|range, data| verifier.installed(range, data));
-            if let Err(error) = compared {
-                tracing::error!(%error, "pages that came early can't be verified");
-            }
-        }
         self.statistics
             .pages_precopied
             .fetch_add(pages, Ordering::Relaxed);

@@ -215,6 +215,9 @@ impl Driver {
                 self.statistics
                     .resumed_at_us
                     .store(self.statistics.since_start_us(), Ordering::Relaxed);
+                if let Some(core) = self.core.clone() {
+                    self.map_held(&core);
+                }
                 Event::Started
             }
             Some(Command::Refuse(reason)) => self.refusal(reason),
@@ -247,7 +250,6 @@ impl Driver {
                 let switchover = Arc::from(switchover);
                 if let Some(core) = self.core.clone() {
                     self.take_over(&core, &switchover)?;
-                    self.map_held(&core);
                     spawn_demand(&core, link, lanes);
                 } else if let Some(unplaced) = &mut self.unplaced {
                     // Only a map that can be read is worth the machine.
@@ -257,10 +259,11 @@ impl Driver {
                     return Ok(None);
                 }
                 self.handover.handle(Event::Switchover);
-                if switchover.wait && self.core.is_some() {
+                if let Some(core) = self.core.clone().filter(|_| switchover.wait) {
                     self.waiting = Some(switchover);
                     // The verifier is among what is waited for.
                     self.note_zeros();
+                    self.map_held(&core);
                 } else {
                     self.stage.set(Stage::Switched(switchover));
                 }
@@ -318,7 +321,8 @@ impl Driver {
         }
     }
 
-    /// Maps the pages that came early, so that the guest need not wait for it.
+    /// Maps the pages that came early, so that the guest need not wait for it. Not before it runs, since that takes a
+    /// processor and the locks of the guest's memory.
     fn map_held(&self, core: &Arc<Core>) {
         let core = core.clone();
         self.bulk_lane.spawn_blocking(move || {
@@ -543,9 +547,10 @@ fn spawn_demand(core: &Arc<Core>, link: &Link, lanes: &mut JoinSet<String>) {
 }
 
 async fn all_here(core: Option<&Core>) {
-    match core {
-        Some(core) if core.is_all_here() => {}
-        Some(core) => core.all_here.notified().await,
-        None => std::future::pending().await,
+    let Some(core) = core else {
+        return std::future::pending().await;
+    };
+    while !core.is_all_here() {
+        core.all_here.notified().await;
     }
 }

@@ -40,6 +40,7 @@ pub(crate) enum Cause {
     Gone(Errno),
     Kernel(Errno),
     Write(io::Error),
+    Read(io::Error),
 }
 
 /// A run that was filled up to some page.

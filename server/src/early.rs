@@ -8,6 +8,7 @@
 //! away: a page is never taken for one that holds and does not.
 
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 
 use bitvec::prelude::{BitVec, Lsb0};
 use lazyvm_wire::held::HeldRun;
@@ -170,12 +171,14 @@ impl Early {
         if self.rounds.is_empty() {
             return;
         }
-        for page in range.pages().take_while(|page| page.0 < self.pages) {
-            let at = page.as_usize();
-            if std::mem::take(&mut self.rounds[at]) != 0 {
-                self.heat[at] = self.heat[at].saturating_add(1);
-                stale(page);
-            }
+        let end = range.end().0.min(self.pages) as usize;
+        let mut at = range.first.as_usize();
+        // Most of what is reported at a time holds nothing, and never went.
+        while let Some(sent) = first_sent(&self.rounds, at..end) {
+            self.rounds[sent] = 0;
+            self.heat[sent] = self.heat[sent].saturating_add(1);
+            stale(PageIndex(sent as u64));
+            at = sent + 1;
         }
     }
 
@@ -217,16 +220,30 @@ impl Early {
     }
 }
 
+/// The first page of `pages` that went. Most did not, so that many are looked at in one step.
+fn first_sent(rounds: &[u8], pages: Range<usize>) -> Option<usize> {
+    const STEP: usize = 64;
+    let mut at = pages.start;
+    let part = rounds.get(pages)?;
+    for step in part.chunks(STEP) {
+        if step.iter().fold(0, |any, &round| any | round) != 0 {
+            return Some(at + step.iter().position(|&round| round != 0)?);
+        }
+        at += STEP;
+    }
+    None
+}
+
 /// The runs of equal rounds among the pages that hold data.
 fn held_by_round(rounds: &[u8], map: &PageMap) -> Vec<HeldRun> {
     let mut held: Vec<HeldRun> = Vec::new();
     let bits = map.bits();
     let mut at = 0;
     while at < rounds.len() {
-        let Some(skip) = rounds[at..].iter().position(|&round| round != 0) else {
+        let Some(first) = first_sent(rounds, at..rounds.len()) else {
             break;
         };
-        at += skip;
+        at = first;
         let round = rounds[at];
         let rest = &rounds[at..];
         let count = rest.iter().position(|&other| other != round);

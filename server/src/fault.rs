@@ -212,11 +212,15 @@ impl Conversation<'_> {
         self.sender
             .send(&ToDestination::Switchover(switchover))
             .await?;
-        // While the switchover is on its way.
+        // While the switchover is on its way; the word that the machine runs must not wait for it.
         let session = self.session.clone();
-        let lead = tokio::task::spawn_blocking(move || session.last_look()).await;
-        self.session
-            .begin_first_push(&paused, &lead.unwrap_or_default());
+        tokio::spawn(async move {
+            let looking = session.clone();
+            let look = tokio::task::spawn_blocking(move || looking.last_look()).await;
+            session.begin_first_push(&paused, &look.unwrap_or_default());
+            // The push need not wait for it.
+            tokio::task::spawn_blocking(move || session.stop_tracking());
+        });
         Ok(())
     }
 

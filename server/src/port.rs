@@ -94,7 +94,7 @@ pub trait DirtyTracker: Send {
     fn start(&mut self) -> Result<(), MachineError>;
 
     /// Calls `dirty` with each run of pages that was written, or given back to the system, since they were last reported
-    /// or since the start; from then on they are clean. A write that happens meanwhile is reported now or the next time. Once
+    /// or since the start; from then on they are clean. Pages that hold nothing may be reported each time. A write that happens meanwhile is reported now or the next time. Once
     /// the machine is paused, one call reports all that is left.
     ///
     /// # Errors

@@ -375,8 +375,6 @@ impl Session {
             });
         }
         let residual = self.take_residual();
-        // It is the destination's now.
-        *lock(&self.tracker) = None;
         Look {
             order: Arc::new(VirtualOrder::new(&hints.virtual_order)),
             lead: [
@@ -403,6 +401,11 @@ impl Session {
         lock(&self.early).writes_are_tracked();
         *lock(&self.tracker) = Some(tracker);
         true
+    }
+
+    /// The machine is the destination's, and writes here no more. Blocks.
+    pub fn stop_tracking(&self) {
+        *lock(&self.tracker) = None;
     }
 
     /// Hears which pages were written; gives those that had gone. Nothing that went counts where that fails. Blocks.
@@ -505,8 +508,8 @@ impl Session {
 
     /// Begins the push of all data pages that the destination does not have, these first.
     pub fn begin_first_push(&self, paused: &Paused, look: &Look) {
-        // The recorder begins it when it is done.
-        if self.config.trace.is_none() {
+        // The recorder begins it when it is done; a machine that was refused meanwhile runs here.
+        if self.config.trace.is_none() && self.serves_pages() {
             self.begin_push_of(paused, look);
         }
     }

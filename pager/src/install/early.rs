@@ -33,11 +33,15 @@ enum State {
     After(Rounds),
 }
 
+/// Hears of held pages and their bytes when they have just been mapped, as they were before anybody could touch them.
+type Witness = Box<dyn Fn(PageRange, &[u8]) + Send + Sync>;
+
 #[derive(Default)]
 pub(super) struct Early {
     state: Mutex<State>,
     /// Units that the file lost, and nobody has asked the source for yet.
     lost: Mutex<Vec<PageRange>>,
+    witness: Option<Witness>,
 }
 
 impl Early {
@@ -151,26 +155,10 @@ impl Installer {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Passes the bytes of all held pages on that are not mapped yet, a run of at most 64 at a time.
-    ///
-    /// # Errors
-    /// The file's.
-    pub(crate) fn read_held(&self, mut take: impl FnMut(PageRange, &[u8])) -> std::io::Result<()> {
-        let mut buffer = Vec::new();
-        for run in self
-            .table
-            .runs(|state| state == crate::table::PageState::Held)
-        {
-            let mut rest = run;
-            while !rest.is_empty() {
-                let part = PageRange::new(rest.first, rest.count.min(MAP_PAGES));
-                buffer.resize(part.bytes() as usize, 0);
-                self.filler.read_file(part, &mut buffer)?;
-                take(part, &buffer);
-                rest = after(rest, part);
-            }
-        }
-        Ok(())
+    /// Has `witness` hear of every held page. The machine stands still while it is told which are held, so they are not read
+    /// then.
+    pub(crate) fn set_witness(&mut self, witness: Box<dyn Fn(PageRange, &[u8]) + Send + Sync>) {
+        self.early.witness = Some(witness);
     }
 
     /// Maps a touched held unit and its held neighbours; the guard is held.
@@ -186,6 +174,15 @@ impl Installer {
     /// Maps a claimed run of held pages. What the file lost is to be asked for afterwards.
     fn map_claimed(&self, run: PageRange) -> Result<(), Cause> {
         let mut rest = run;
+        let mut before = Vec::new();
+        if self.early.witness.is_some() {
+            before.resize(run.bytes() as usize, 0);
+            if let Err(source) = self.filler.read_file(run, &mut before) {
+                self.table.release(run);
+                self.filler.wake_range(run)?;
+                return Err(Cause::Read(source));
+            }
+        }
         while !rest.is_empty() {
             let mapped = match self.filler.map_run(rest) {
                 Ok(pages) => PageRange::new(rest.first, pages),
@@ -196,6 +193,10 @@ impl Installer {
                 }
             };
             self.table.finish(mapped);
+            if let Some(witness) = &self.early.witness {
+                let from = (mapped.first.0 - run.first.0) as usize * PAGE_SIZE;
+                witness(mapped, &before[from..from + mapped.bytes() as usize]);
+            }
             rest = after(rest, mapped);
             if let Some(unit) = self.table.unit_of(rest.first).filter(|_| !rest.is_empty()) {
                 tracing::error!(page = %unit.first, "a page that came early is no longer in the memory's file");

@@ -50,6 +50,15 @@ pub enum InstallError {
         #[source]
         source: io::Error,
     },
+    /// The file can't be read.
+    #[error("{range} can't be read from the memory's file")]
+    Read {
+        /// The pages.
+        range: PageRange,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
     /// The kernel said for too long that the memory map is changing.
     #[error("{0} can't be installed: the memory map keeps changing")]
     Stuck(PageRange),
@@ -67,6 +76,7 @@ impl InstallError {
             Cause::Gone(source) => Self::Gone { range, source },
             Cause::Kernel(source) => Self::Kernel { range, source },
             Cause::Write(source) => Self::Write { range, source },
+            Cause::Read(source) => Self::Read { range, source },
             Cause::EventUnread | Cause::Stuck => Self::Stuck(range),
         }
     }

@@ -3,7 +3,8 @@
 //! A userfaultfd of that process protects its memory from writes in the mode `WP_ASYNC`: the kernel lifts the protection of
 //! a page when it is written, and nobody waits. `PAGEMAP_SCAN` tells whose protection is gone and sets it again in one step.
 //! A page-table entry that is dropped (`MADV_DONTNEED`) may take the news of a write along, so
-//! whatever has no entry counts as written: every page that is clean has one, if only a mark.
+//! whatever has no entry counts as written: every page that is clean has one, if only a mark. A mark takes an entry of a page
+//! table, and every look goes through all of them; so pages that hold nothing get none, and count as written all the time.
 //!
 //! Writes that do not go by page tables are not seen: those of a device into pages that were pinned before. Neither is a
 //! hole that is punched into the file where pages are clean: Linux keeps their marks, and they read as zeros from then on.
@@ -12,8 +13,11 @@ mod sys;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use bitvec::prelude::{BitVec, Lsb0};
+use lazyvm_wire::{PAGE_SHIFT, PAGE_SIZE};
 use nix::errno::Errno;
 
 use crate::attach::{AttachError, Process};
@@ -68,37 +72,97 @@ pub enum DirtyError {
     },
 }
 
+/// Most pages without content between two parts that are marked as one: a system call costs as much.
+const JOINED_BYTES: u64 = 16 * PAGE_SIZE as u64;
+
 /// Notes the writes to some memory of another process. Dropping it ends that.
 #[derive(Debug)]
 pub struct WriteWatch {
     uffd: OwnedFd,
     pagemap: File,
-    /// Host address and length in bytes, in whole pages of the memory.
-    ranges: Vec<(u64, u64)>,
+    ranges: Vec<Watched>,
+}
+
+/// A range that is registered.
+#[derive(Debug)]
+struct Watched {
+    start: u64,
+    end: u64,
+    /// A bit for each page that was marked at any time.
+    marked: BitVec<u64, Lsb0>,
+}
+
+impl Watched {
+    fn bits(&self, from: u64, to: u64) -> Range<usize> {
+        let page = |address: u64| ((address - self.start) >> PAGE_SHIFT) as usize;
+        page(from)..page(to)
+    }
+
+    /// Protects the pages of a part and marks those that are not there.
+    fn mark(&mut self, uffd: BorrowedFd<'_>, from: u64, to: u64) -> Result<(), DirtyError> {
+        sys::protect(uffd, from, to - from).map_err(|source| DirtyError::Protect {
+            start: from,
+            source,
+        })?;
+        let bits = self.bits(from, to);
+        self.marked[bits].fill(true);
+        Ok(())
+    }
+
+    /// Marks what was marked before in a part whose entries are gone.
+    fn mark_again(&mut self, uffd: BorrowedFd<'_>, from: u64, to: u64) -> Result<(), DirtyError> {
+        let bits = self.bits(from, to);
+        let mut at = bits.start;
+        while let Some(skip) = self.marked[at..bits.end].first_one() {
+            let first = at + skip;
+            at = first + self.marked[first..bits.end].leading_ones();
+            let address = |page: usize| self.start + ((page as u64) << PAGE_SHIFT);
+            let (from, to) = (address(first), address(at));
+            self.mark(uffd, from, to)?;
+        }
+        Ok(())
+    }
 }
 
 impl WriteWatch {
-    /// Begins with `ranges` (host address, bytes) of its memory; all pages are clean.
+    /// Begins with `ranges` of its memory (host address, bytes), in whole pages of it. In the parts `clean` (the same, ascending) all
+    /// pages are clean; elsewhere a page is reported each time until it is written.
     ///
     /// # Errors
     /// [`DirtyError`]. The process goes on, and nothing is noted.
-    pub fn start(process: &Process, ranges: Vec<(u64, u64)>) -> Result<Self, DirtyError> {
+    pub fn start(
+        process: &Process,
+        ranges: &[(u64, u64)],
+        clean: &[(u64, u64)],
+    ) -> Result<Self, DirtyError> {
         let pid = process.pid();
         let pagemap = File::open(format!("/proc/{pid}/pagemap"))
             .map_err(|source| DirtyError::Open { pid, source })?;
         let uffd = process.take_userfaultfd()?;
         sys::agree(uffd.as_fd()).map_err(DirtyError::Kernel)?;
-        for &(start, bytes) in &ranges {
-            sys::register(uffd.as_fd(), start, bytes)
-                .map_err(|source| DirtyError::Register { start, source })?;
-            sys::protect(uffd.as_fd(), start, bytes)
-                .map_err(|source| DirtyError::Protect { start, source })?;
-        }
-        Ok(Self {
+        let mut watch = Self {
             uffd,
             pagemap,
-            ranges,
-        })
+            ranges: Vec::with_capacity(ranges.len()),
+        };
+        for &(start, bytes) in ranges {
+            sys::register(watch.uffd.as_fd(), start, bytes)
+                .map_err(|source| DirtyError::Register { start, source })?;
+            watch.ranges.push(Watched {
+                start,
+                end: start + bytes,
+                marked: BitVec::repeat(false, (bytes >> PAGE_SHIFT) as usize),
+            });
+        }
+        for range in &mut watch.ranges {
+            let parts = clean
+                .iter()
+                .map(|&(from, bytes)| (from.max(range.start), (from + bytes).min(range.end)));
+            for (from, to) in joined(parts.filter(|(from, to)| from < to)) {
+                range.mark(watch.uffd.as_fd(), from, to)?;
+            }
+        }
+        Ok(watch)
     }
 
     /// Calls `dirty` with first byte and end of each run that was written or lost its entries since it was last reported;
@@ -107,10 +171,15 @@ impl WriteWatch {
     /// # Errors
     /// [`DirtyError`]. Any page may then have been written.
     pub fn collect(&mut self, dirty: &mut dyn FnMut(u64, u64)) -> Result<(), DirtyError> {
-        for &(start, bytes) in &self.ranges {
-            let end = start + bytes;
+        for range in &mut self.ranges {
+            let (start, end) = (range.start, range.end);
             let scan = |source| DirtyError::Scan { start, source };
-            scan_written(&self.pagemap, start, end, dirty).map_err(scan)?;
+            scan_written(&self.pagemap, start, end, &mut |from, to| {
+                let bits = range.bits(from, to);
+                range.marked[bits].fill(true);
+                dirty(from, to);
+            })
+            .map_err(scan)?;
             let mut gaps = Vec::new();
             let mut covered = start;
             scan_entries(&self.pagemap, start, end, &mut |from, to| {
@@ -124,12 +193,7 @@ impl WriteWatch {
                 gaps.push((covered, end));
             }
             for (from, to) in gaps {
-                sys::protect(self.uffd.as_fd(), from, to - from).map_err(|source| {
-                    DirtyError::Protect {
-                        start: from,
-                        source,
-                    }
-                })?;
+                range.mark_again(self.uffd.as_fd(), from, to)?;
                 dirty(from, to);
             }
         }
@@ -137,11 +201,23 @@ impl WriteWatch {
     }
 }
 
+/// Parts, ascending, those with little between them as one.
+fn joined(parts: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
+    let mut joined: Vec<(u64, u64)> = Vec::new();
+    for (from, to) in parts {
+        match joined.last_mut() {
+            Some(last) if from <= last.1 + JOINED_BYTES => last.1 = last.1.max(to),
+            _ => joined.push((from, to)),
+        }
+    }
+    joined
+}
+
 impl Drop for WriteWatch {
     fn drop(&mut self) {
-        for &(start, bytes) in &self.ranges {
+        for range in &self.ranges {
             // A process that has ended has nothing left to lift.
-            let _ = sys::unregister(self.uffd.as_fd(), start, bytes);
+            let _ = sys::unregister(self.uffd.as_fd(), range.start, range.end - range.start);
         }
     }
 }

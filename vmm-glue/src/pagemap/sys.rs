@@ -36,8 +36,11 @@ struct ScanArguments {
 
 const _: () = assert!(size_of::<ScanArguments>() == 96 && size_of::<PageRegion>() == 24);
 
-/// `PAGE_IS_PRESENT` and `PAGE_IS_SWAPPED` of `linux/fs.h`.
-const PAGE_IS_THERE: u64 = 1 << 3 | 1 << 4;
+/// `PAGE_IS_PRESENT` of `linux/fs.h`.
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+
+/// `PAGE_IS_PRESENT` and `PAGE_IS_SWAPPED`.
+const PAGE_IS_THERE: u64 = PAGE_IS_PRESENT | 1 << 4;
 
 /// `PAGE_IS_PFNZERO`.
 const PAGE_IS_ZERO: u64 = 1 << 5;
@@ -68,9 +71,26 @@ pub(crate) fn scan_present(
     scan(pagemap, start, end, &query, each)
 }
 
+/// The same for pages that are mapped at this moment: not in swap, and no mark of write protection.
+pub(crate) fn scan_mapped(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    each: &mut dyn FnMut(u64, u64),
+) -> Result<(), Errno> {
+    let query = ScanArguments {
+        category_inverted: PAGE_IS_ZERO,
+        category_mask: PAGE_IS_PRESENT | PAGE_IS_ZERO,
+        return_mask: PAGE_IS_PRESENT,
+        ..ScanArguments::default()
+    };
+    scan(pagemap, start, end, &query, each)
+}
+
 /// Calls `each` with every run of pages that were written since they were write-protected, and protects them again, in one
 /// step for each page. `EPERM` where the memory is not registered with a userfaultfd that lets writes through by itself.
-/// Pages without an entry may be missing: [`scan_entries`] tells which have one.
+/// Pages without an entry are left out, since the kernel would make a page table full of marks for each hole:
+/// [`scan_entries`] tells which have one.
 pub(crate) fn scan_written(
     pagemap: &File,
     start: u64,
@@ -80,6 +100,7 @@ pub(crate) fn scan_written(
     let query = ScanArguments {
         flags: PROTECT_AGAIN,
         category_mask: PAGE_IS_WRITTEN,
+        category_anyof_mask: PAGE_IS_THERE,
         return_mask: PAGE_IS_WRITTEN,
         ..ScanArguments::default()
     };

@@ -18,7 +18,7 @@ use super::ram::SharedRam;
 use super::registers;
 use super::source::Inner;
 use crate::attach::Process;
-use crate::pagemap::scan_present;
+use crate::pagemap::scan_mapped;
 use crate::x86::{
     AddressSpace, Bounds, GuestMemory, Known, PageSet, Vcpu, find_spaces, resume_set,
 };
@@ -79,7 +79,7 @@ impl QemuScout {
             let Some(first) = self.memory.layout().page_of(Gpa(region.gpa)) else {
                 continue;
             };
-            scan_present(
+            scan_mapped(
                 pagemap,
                 region.host,
                 region.host + region.bytes,

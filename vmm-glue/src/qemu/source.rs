@@ -272,9 +272,9 @@ impl SourceMachine for Source {
 
     fn tracker(&self) -> Option<Box<dyn DirtyTracker>> {
         let (process, regions) = (Arc::clone(&self.process), Arc::clone(&self.regions));
-        let tracker = QemuTracker::new(process, regions, &self.layout);
+        let tracker = QemuTracker::new(process, regions, &self.layout, Arc::clone(&self.memory));
         if self.inner().may_give_memory_back() {
-            return Some(Box::new(tracker.with_holes_of(Arc::clone(&self.memory))));
+            return Some(Box::new(tracker.with_holes()));
         }
         Some(Box::new(tracker))
     }

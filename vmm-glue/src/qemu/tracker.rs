@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use lazyvm_server::port::{DirtyTracker, MachineError};
+use lazyvm_server::port::{DirtyTracker, MachineError, SourceMemory};
 use lazyvm_wire::{Gpa, Layout, PAGE_SHIFT, PageIndex, PageRange};
 use nix::libc;
 
@@ -48,28 +48,35 @@ pub(super) struct QemuTracker {
     process: Arc<Process>,
     regions: Arc<[RamRegion]>,
     layout: Layout,
+    memory: Arc<SharedRam>,
     pieces: Vec<Piece>,
     watch: Option<WriteWatch>,
-    /// Where the guest gives memory back: the kernel reports no write for a page that becomes a hole.
-    holes_of: Option<Arc<SharedRam>>,
+    reports_holes: bool,
 }
 
 impl QemuTracker {
-    pub fn new(process: Arc<Process>, regions: Arc<[RamRegion]>, layout: &Layout) -> Self {
+    pub fn new(
+        process: Arc<Process>,
+        regions: Arc<[RamRegion]>,
+        layout: &Layout,
+        memory: Arc<SharedRam>,
+    ) -> Self {
         Self {
             process,
             regions,
             layout: layout.clone(),
+            memory,
             pieces: Vec::new(),
             watch: None,
-            holes_of: None,
+            reports_holes: false,
         }
     }
 
-    /// Reports all holes of the memory too, whenever writes are asked for. That takes a walk through all of it.
-    pub fn with_holes_of(self, memory: Arc<SharedRam>) -> Self {
+    /// Reports all holes of the memory too, whenever writes are asked for: for a guest that gives memory back, since the kernel
+    /// reports no write for a page that becomes a hole. That takes a walk through all of it.
+    pub fn with_holes(self) -> Self {
         Self {
-            holes_of: Some(memory),
+            reports_holes: true,
             ..self
         }
     }
@@ -126,6 +133,23 @@ impl QemuTracker {
         Ok(pieces)
     }
 
+    /// The parts of the pieces that hold data, ascending. What becomes data from now on is written, and so reported.
+    fn data(&self) -> Result<Vec<(u64, u64)>, MachineError> {
+        let mut runs = Vec::new();
+        self.memory.data_runs(&mut |range| runs.push(range))?;
+        let mut parts = Vec::new();
+        for piece in &self.pieces {
+            let pages = PageRange::new(piece.first, piece.bytes >> PAGE_SHIFT);
+            let from = runs.partition_point(|run| run.end() <= pages.first);
+            let within = runs[from..].iter().map(|run| run.intersect(pages));
+            parts.extend(within.take_while(|run| !run.is_empty()).map(|run| {
+                let host = piece.host + ((run.first.0 - pages.first.0) << PAGE_SHIFT);
+                (host, run.bytes())
+            }));
+        }
+        Ok(parts)
+    }
+
     /// Before a scan, so that it is known what is scanned, and after it: what has come meanwhile may have written already.
     fn check(&self) -> Result<(), MachineError> {
         let pid = self.process.pid();
@@ -152,8 +176,8 @@ impl QemuTracker {
                 dirty(PageRange::new(PageIndex(page), (end - start) >> PAGE_SHIFT));
             }
         })?;
-        if let Some(memory) = &self.holes_of {
-            memory.holes(dirty)?;
+        if self.reports_holes {
+            self.memory.holes(dirty)?;
         }
         self.check()?;
         self.check_others()
@@ -173,8 +197,12 @@ impl DirtyTracker for QemuTracker {
         self.watch = None;
         self.pieces = self.find()?;
         self.check()?;
-        let ranges = self.pieces.iter().map(|piece| (piece.host, piece.bytes));
-        let watch = WriteWatch::start(&self.process, ranges.collect())?;
+        let ranges: Vec<_> = self
+            .pieces
+            .iter()
+            .map(|piece| (piece.host, piece.bytes))
+            .collect();
+        let watch = WriteWatch::start(&self.process, &ranges, &self.data()?)?;
         self.check()?;
         self.check_others()?;
         self.watch = Some(watch);

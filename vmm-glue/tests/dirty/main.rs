@@ -61,7 +61,8 @@ impl Other {
         from.read_line(&mut line).unwrap();
         let address = line.trim().parse().unwrap();
         let process = Process::open(child.id() as i32).unwrap();
-        let watch = WriteWatch::start(&process, vec![(address, PAGES * 4096)]).unwrap();
+        let ranges = [(address, PAGES * 4096)];
+        let watch = WriteWatch::start(&process, &ranges, &ranges).unwrap();
         Self {
             child,
             to,
