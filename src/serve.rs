@@ -360,10 +360,14 @@ fn stays(reason: &EndReason) -> Problem {
     let exit = match reason {
         EndReason::Refused(_) => Exit::Refused,
         EndReason::PeerLost | EndReason::Withdrawn => Exit::NotMoved,
-        EndReason::MachineFailed(_) | EndReason::Protocol(_) => Exit::Failed,
+        EndReason::MachineFailed(_) | EndReason::GaveUp(_) | EndReason::Protocol(_) => Exit::Failed,
     };
-    Problem::new(
-        exit,
-        format!("{reason}. The VM runs on here; start lazyvm serve again to move it"),
-    )
+    // The machine itself may be what has ended.
+    let here = match reason {
+        EndReason::MachineFailed(_) => {
+            "The VM was not handed over; if it runs here still, start lazyvm serve again to move it"
+        }
+        _ => "The VM runs on here; start lazyvm serve again to move it",
+    };
+    Problem::new(exit, format!("{reason}. {here}"))
 }

@@ -100,7 +100,9 @@ impl Driver {
     pub async fn run(mut self, link: Link) {
         let mut link = link;
         let mut opening = Vec::new();
+        let mut backoff = BACKOFF_MIN;
         loop {
+            let connected_at = Instant::now();
             let Err(lost) = self.converse(link, opening).await else {
                 return;
             };
@@ -112,6 +114,13 @@ impl Driver {
             }
             if self.conclude() {
                 return;
+            }
+            // One that does not last would be lost again at once: the memory may be gone, which its owner is to find out.
+            if connected_at.elapsed() < BACKOFF_MAX {
+                tokio::time::sleep(backoff).await;
+                backoff = (backoff * 2).min(BACKOFF_MAX);
+            } else {
+                backoff = BACKOFF_MIN;
             }
             link = match self.reconnect().await {
                 Ok(link) => {

@@ -23,6 +23,8 @@ pub enum EndReason {
     PeerLost,
     /// The machine could not be paused, read or recorded.
     MachineFailed(String),
+    /// It can't be moved the way that was asked for, and runs.
+    GaveUp(String),
     /// The destination broke the protocol before the machine was handed over.
     Protocol(&'static str),
     /// The source's operator took the offer back.
@@ -34,7 +36,9 @@ impl fmt::Display for EndReason {
         match self {
             Self::Refused(reason) => write!(f, "the destination refused the machine: {reason}"),
             Self::PeerLost => f.write_str("the destination was lost before the hand-over"),
-            Self::MachineFailed(reason) => write!(f, "the machine can't be handed over: {reason}"),
+            Self::MachineFailed(reason) | Self::GaveUp(reason) => {
+                write!(f, "the machine can't be handed over: {reason}")
+            }
             Self::Protocol(what) => write!(f, "the destination broke the protocol: {what}"),
             Self::Withdrawn => f.write_str("the offer was taken back before the hand-over"),
         }
@@ -144,7 +148,7 @@ impl Handover {
                 self.end(EndReason::Refused(reason), vec![])
             }
             (Phase::Offered, Event::GaveUp(reason)) => {
-                let reason = EndReason::MachineFailed(reason);
+                let reason = EndReason::GaveUp(reason);
                 self.end(reason.clone(), vec![Action::SendRejected(reason)])
             }
             (Phase::Offered, Event::PeerLost) => self.end(EndReason::PeerLost, vec![]),

@@ -55,6 +55,7 @@ fn a_source_that_is_killed_before_the_pause_is_told_at_both_ends() {
             "{at}: {log}"
         );
         assert!(log.contains("it has ended"), "{at}: {log}");
+        assert!(!log.contains("runs on"), "{at}: {log}");
     }
     qemus.wait_gone("b");
 }

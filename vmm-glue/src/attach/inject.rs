@@ -97,8 +97,12 @@ pub enum InjectError {
 
 /// What forbids it, in words that name the setting.
 fn refusal() -> String {
-    let yama = fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
-    let yama = match yama.trim() {
+    refusal_with(&fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default())
+}
+
+/// With this scope of the security module Yama (`Documentation/admin-guide/LSM/Yama.rst`); empty where it is not there.
+fn refusal_with(scope: &str) -> String {
+    let yama = match scope.trim() {
         "" | "0" => String::new(),
         "3" => {
             ", and kernel.yama.ptrace_scope is 3, which forbids it until the next boot".to_owned()
@@ -288,5 +292,20 @@ impl Tracee {
 
     fn leave(&self) -> Result<(), InjectError> {
         self.check(sys::detach(self.thread))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_names_the_setting_that_is_in_the_way() {
+        assert!(refusal_with("1\n").contains("sysctl -w kernel.yama.ptrace_scope=0"));
+        assert!(refusal_with("3\n").contains("until the next boot"));
+        for scope in ["0\n", ""] {
+            assert!(!refusal_with(scope).contains("yama"));
+            assert!(refusal_with(scope).contains("CAP_SYS_PTRACE"));
+        }
     }
 }
