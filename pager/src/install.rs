@@ -12,6 +12,7 @@
 mod complete;
 mod early;
 mod error;
+mod shelf;
 
 use std::io::IoSlice;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use lazyvm_wire::{Layout, PAGE_SIZE, PageIndex, PageRange};
 
 use self::early::Early;
 pub use self::error::{CompleteError, InstallError};
+pub use self::shelf::Shelf;
 use crate::fill::{Cause, Content, Filler, Gather, Stopped};
 use crate::memory::LazyMemory;
 use crate::removal::{Patience, RemovalGuard};
@@ -89,7 +91,7 @@ pub struct Installer {
     filler: Filler,
     table: PageTable,
     guard: RemovalGuard,
-    early: Early,
+    early: Arc<Early>,
 }
 
 impl Installer {
@@ -118,8 +120,17 @@ impl Installer {
             filler,
             table: PageTable::new(layout),
             guard,
-            early: Early::default(),
+            early: Arc::default(),
         })
+    }
+
+    /// Has pages that come, or came, before the switchover lie on a shelf, of an image of the same size. No page may have
+    /// come to this installer yet.
+    #[must_use]
+    pub fn with_shelf(mut self, shelf: Arc<Shelf>) -> Self {
+        self.early = Arc::clone(&shelf.early);
+        self.filler.shelf = Some(shelf);
+        self
     }
 
     /// The state of the pages.
