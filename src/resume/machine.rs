@@ -128,7 +128,10 @@ impl<M: LateMachine> LateMachine for Cancellable<M> {
     }
 
     fn check_alive(&mut self) -> Result<(), MachineError> {
-        let result = self.cancel.check().and_then(|()| self.machine.check_alive());
+        let result = self
+            .cancel
+            .check()
+            .and_then(|()| self.machine.check_alive());
         self.note(result)
     }
 
