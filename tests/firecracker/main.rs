@@ -3,9 +3,11 @@
 // Clippy allows these in tests only, not in what tests share.
 #![allow(clippy::unwrap_used)]
 
+mod ahead;
 #[path = "../common/mod.rs"]
 mod common;
 mod peer;
+mod refusals;
 mod source;
 mod sys;
 
