@@ -137,12 +137,6 @@ impl From<Mode> for lazyvm_server::Mode {
 
 impl ServeArgs {
     fn refuse_what_is_not_there(&self) -> Result<(), Problem> {
-        if self.mode == Mode::Stop && self.source.firecracker.is_some() {
-            return Err(Problem::new(
-                Exit::Usage,
-                "a Firecracker makes its memory while it starts, so it can't wait for all of it: leave --mode stop out",
-            ));
-        }
         if matches!(self.mode, Mode::Precopy | Mode::Stop) && self.source.snapshot.is_some() {
             return Err(Problem::new(
                 Exit::Usage,

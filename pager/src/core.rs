@@ -67,12 +67,12 @@ impl Core {
         let all_here = Arc::new(Notify::new());
         if let Some(verifier) = verifier.clone() {
             let all_here = all_here.clone();
-            installer.set_witness(Box::new(move |range, data| {
+            installer.set_witness(move |range, data| {
                 verifier.installed(range, data);
                 if verifier.open() == 0 {
                     all_here.notify_one();
                 }
-            }));
+            });
         }
         Self {
             layout,

@@ -9,17 +9,19 @@ use lazyvm_wire::control::{
     CONTROL_MAX, Rejection, Switchover, ToDestination, ToSource, short_text, switchover_max,
 };
 use lazyvm_wire::held::{self, HeldError};
-use lazyvm_wire::{PageMap, PageMapError, PageRange};
+use lazyvm_wire::{Layout, PageMap, PageMapError, PageRange};
+use quinn::Connection;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 use crate::connect::{ConnectError, Credentials, Link, connect_bulk, connect_fault};
 use crate::core::{Core, Supply};
 use crate::handover::{Action, Event, Failure, Handover, Phase};
-use crate::install::InstallError;
-use crate::pager::{PagerError, watch};
+use crate::install::{InstallError, Shelf};
+use crate::pager::{PagerError, watch as watch_faults};
+use crate::push::Intake;
 use crate::report::Statistics;
 use crate::stage::{Stage, StageCell};
 use crate::table::PageState;
@@ -41,8 +43,9 @@ const FAREWELL: Duration = Duration::from_secs(2);
 pub(crate) enum Command {
     /// Memory and machine are there.
     Take(Arc<Core>),
-    /// The machine is there. Its memory, of so many pages, comes to be when it has its state.
-    Ask(u64),
+    /// The machine is there. Its memory, of this layout, comes to be when it has its state; what comes before that goes on
+    /// the shelf.
+    Ask(Layout, Option<Arc<Shelf>>),
     /// That memory is there.
     Place(Arc<Core>),
     /// It can't be run here: the offer, or the state.
@@ -70,9 +73,11 @@ enum Lost {
 
 /// A machine that has no memory yet, and what waits for that.
 pub(crate) struct Unplaced {
-    pages: u64,
-    /// Joined, since the source hands nothing over before. What it pushes stays in the connection's window.
-    bulk: Option<Link>,
+    /// Where what comes on the bulk lane goes. The lane is joined, since the source hands nothing over before.
+    intake: Intake,
+    memory: watch::Sender<Option<Arc<Core>>>,
+    /// The bulk lane's.
+    bulk: Option<Connection>,
     switchover: Option<Arc<Switchover>>,
 }
 
@@ -146,10 +151,7 @@ impl Driver {
                 spawn_demand(&core, &link, &mut lanes);
             }
         } else if self.unplaced.is_some() && self.needs_lanes() {
-            let bulk = self.connect_bulk().await?;
-            if let Some(unplaced) = &mut self.unplaced {
-                unplaced.bulk = Some(bulk);
-            }
+            self.open_bulk_unplaced(&mut lanes).await?;
         }
         self.perform(opening, &mut link).await?;
         let mut progress = tokio::time::interval(PROGRESS_EVERY);
@@ -158,7 +160,9 @@ impl Driver {
             let core = self.core.clone();
             let pages = match (&core, &self.unplaced) {
                 (Some(core), _) => Some(core.layout.pages()),
-                (None, unplaced) => unplaced.as_ref().map(|unplaced| unplaced.pages),
+                (None, unplaced) => unplaced
+                    .as_ref()
+                    .map(|unplaced| unplaced.intake.layout.pages()),
             };
             let limit = pages.map_or(CONTROL_MAX, switchover_max);
             let event = tokio::select! {
@@ -207,17 +211,24 @@ impl Driver {
                 self.open_bulk(&core, lanes).await?;
                 Event::Prepared
             }
-            Some(Command::Ask(pages)) => {
-                let bulk = Some(self.connect_bulk().await?);
+            Some(Command::Ask(layout, shelf)) => {
+                let memory = watch::Sender::new(None);
+                let intake = Intake {
+                    layout,
+                    shelf,
+                    core: memory.subscribe(),
+                };
                 self.unplaced = Some(Unplaced {
-                    pages,
-                    bulk,
+                    intake,
+                    memory,
+                    bulk: None,
                     switchover: None,
                 });
+                self.open_bulk_unplaced(lanes).await?;
                 Event::Prepared
             }
             Some(Command::Place(core)) => {
-                self.place(&core, link, lanes).await?;
+                self.place(&core, link, lanes)?;
                 return Ok(None);
             }
             Some(Command::Started) => {
@@ -262,7 +273,7 @@ impl Driver {
                     spawn_demand(&core, link, lanes);
                 } else if let Some(unplaced) = &mut self.unplaced {
                     // Only a map that can be read is worth the machine.
-                    PageMap::decode(&switchover.page_map, unplaced.pages)?;
+                    PageMap::decode(&switchover.page_map, unplaced.intake.layout.pages())?;
                     unplaced.switchover = Some(switchover.clone());
                 } else {
                     return Ok(None);
@@ -357,7 +368,7 @@ impl Driver {
     }
 
     /// The machine's memory is there now: takes the map in, and only then looks after its faults.
-    async fn place(
+    fn place(
         &mut self,
         core: &Arc<Core>,
         link: &Link,
@@ -368,15 +379,20 @@ impl Driver {
         };
         self.core = Some(core.clone());
         core.count_bytes_of(&link.connection);
+        if let Some(bulk) = &unplaced.bulk {
+            core.count_bytes_of(bulk);
+        }
         if let Some(switchover) = unplaced.switchover {
             self.take_over(core, &switchover)?;
+            if switchover.wait {
+                self.waiting = Some(switchover);
+                self.note_zeros();
+                self.map_held(core);
+            }
         }
-        tokio::spawn(watch(core.clone()));
+        unplaced.memory.send_replace(Some(core.clone()));
+        tokio::spawn(watch_faults(core.clone()));
         spawn_demand(core, link, lanes);
-        match unplaced.bulk {
-            Some(bulk) => self.run_bulk(core, bulk, lanes),
-            None => self.open_bulk(core, lanes).await?,
-        }
         Ok(())
     }
 
@@ -391,15 +407,25 @@ impl Driver {
     /// Opens the bulk lane and takes in what comes on it.
     async fn open_bulk(&self, core: &Arc<Core>, lanes: &mut JoinSet<String>) -> Result<(), Lost> {
         let link = self.connect_bulk().await?;
-        self.run_bulk(core, link, lanes);
+        core.count_bytes_of(&link.connection);
+        self.run_bulk(Intake::of(core), link, lanes);
         Ok(())
     }
 
-    fn run_bulk(&self, core: &Arc<Core>, link: Link, lanes: &mut JoinSet<String>) {
-        core.count_bytes_of(&link.connection);
-        let core = core.clone();
+    /// The same where there is no memory yet.
+    async fn open_bulk_unplaced(&mut self, lanes: &mut JoinSet<String>) -> Result<(), Lost> {
+        let link = self.connect_bulk().await?;
+        if let Some(unplaced) = &mut self.unplaced {
+            unplaced.bulk = Some(link.connection.clone());
+            let intake = unplaced.intake.clone();
+            self.run_bulk(intake, link, lanes);
+        }
+        Ok(())
+    }
+
+    fn run_bulk(&self, intake: Intake, link: Link, lanes: &mut JoinSet<String>) {
         let task = async move {
-            let end = push::run(core, link.connection.clone()).await;
+            let end = push::run(intake, link.connection.clone()).await;
             describe(&end)
         };
         lanes.spawn_on(task, &self.bulk_lane);
@@ -435,11 +461,12 @@ impl Driver {
     /// Whether pages may come before the switchover: over this connection none has been lost yet.
     fn takes_early(&self) -> bool {
         let never_lost = self.statistics.reconnects.load(Ordering::Relaxed) == 0;
-        never_lost
-            && self
-                .core
-                .as_ref()
-                .is_some_and(|core| core.installer.takes_early())
+        let takes = match (&self.core, &self.unplaced) {
+            (Some(core), _) => core.installer.takes_early(),
+            (None, Some(unplaced)) => unplaced.intake.shelf.is_some(),
+            (None, None) => false,
+        };
+        never_lost && takes
     }
 
     /// The pages that are to be pushed again, as a page map.

@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 use lazyvm_wire::{Backing, PAGE_SHIFT, PageRange};
 use nix::errno::Errno;
 
+use crate::install::Shelf;
 use crate::memory::{InstallMode, LazyMemory};
 use crate::removal::Patience;
 use crate::sys::Mapping;
@@ -57,6 +58,8 @@ pub(crate) struct Filler {
     pub(crate) uffd: Uffd,
     /// A second mapping of each region that needs one: hugetlbfs has no `write`.
     aliases: Box<[Option<Mapping>]>,
+    /// Where pages lie that came early, if not in the memory's own file.
+    pub(crate) shelf: Option<Arc<Shelf>>,
     /// A huge page of zeros, made when it is first needed: hugetlbfs has no `UFFDIO_ZEROPAGE`.
     zeros: OnceLock<Box<[u8]>>,
     /// Whether `EAGAIN` may mean that an event must be read first.
@@ -95,6 +98,7 @@ impl Filler {
             memory,
             uffd,
             aliases: aliases.into(),
+            shelf: None,
             zeros: OnceLock::new(),
         })
     }
@@ -145,14 +149,33 @@ impl Filler {
 
     /// Writes to the file behind pages that are not mapped, nor will be while this runs.
     pub(crate) fn write_aside(&self, run: PageRange, data: &[u8]) -> Result<(), Cause> {
+        if let Some(shelf) = &self.shelf {
+            return shelf.write(run, data).map_err(Cause::Write);
+        }
         let Some(target) = self.target(run) else {
             return Err(Cause::Gone(Errno::ENOENT));
         };
         self.write(target, Content::Data(data), 0)
     }
 
+    /// Copies a claimed run from the shelf to its place, and wakes who waits there. After a failure all of it is on the
+    /// shelf still, some of it maybe in place too.
+    fn unshelve(&self, shelf: &Shelf, run: PageRange) -> Result<(), Cause> {
+        let mut bytes = vec![0; run.bytes() as usize];
+        shelf.read(run, &mut bytes).map_err(Cause::Write)?;
+        self.fill(run, Content::Data(&bytes))
+            .map_err(|stopped| stopped.cause)?;
+        if let Err(error) = shelf.clear(run) {
+            tracing::debug!(%run, %error, "the room of pages that are in place can't be freed");
+        }
+        Ok(())
+    }
+
     /// Maps what the file holds behind a claimed run, and wakes who waits there; gives the pages up to the first hole.
     pub(crate) fn map_run(&self, run: PageRange) -> Result<u64, Cause> {
+        if let Some(shelf) = &self.shelf {
+            return self.unshelve(shelf, run).map(|()| run.count);
+        }
         let Some(target) = self.target(run) else {
             return Err(Cause::Gone(Errno::ENOENT));
         };
@@ -176,6 +199,9 @@ impl Filler {
 
     /// Reads what the file holds.
     pub(crate) fn read_file(&self, run: PageRange, out: &mut [u8]) -> io::Result<()> {
+        if let Some(shelf) = &self.shelf {
+            return shelf.read(run, out);
+        }
         let target = self.target(run).ok_or(io::ErrorKind::InvalidInput)?;
         match &self.memory.regions()[target.region].file {
             Some((file, start)) => file.read_exact_at(out, start + target.offset),

@@ -12,6 +12,7 @@
 mod complete;
 mod early;
 mod error;
+mod shelf;
 
 use std::io::IoSlice;
 use std::sync::Arc;
@@ -19,8 +20,9 @@ use std::sync::Arc;
 use bitvec::prelude::{BitSlice, Lsb0};
 use lazyvm_wire::{Layout, PAGE_SIZE, PageIndex, PageRange};
 
-use self::early::Early;
+use self::early::{Early, Witness};
 pub use self::error::{CompleteError, InstallError};
+pub use self::shelf::Shelf;
 use crate::fill::{Cause, Content, Filler, Gather, Stopped};
 use crate::memory::LazyMemory;
 use crate::removal::{Patience, RemovalGuard};
@@ -89,7 +91,8 @@ pub struct Installer {
     filler: Filler,
     table: PageTable,
     guard: RemovalGuard,
-    early: Early,
+    early: Arc<Early>,
+    witness: Option<Witness>,
 }
 
 impl Installer {
@@ -118,8 +121,18 @@ impl Installer {
             filler,
             table: PageTable::new(layout),
             guard,
-            early: Early::default(),
+            early: Arc::default(),
+            witness: None,
         })
+    }
+
+    /// Has pages that come, or came, before the switchover lie on a shelf, of an image of the same size. No page may have
+    /// come to this installer yet.
+    #[must_use]
+    pub fn with_shelf(mut self, shelf: Arc<Shelf>) -> Self {
+        self.early = Arc::clone(&shelf.early);
+        self.filler.shelf = Some(shelf);
+        self
     }
 
     /// The state of the pages.

@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lazyvm_quic::{LaneThread, Urgency, describe};
 use lazyvm_wire::control::{Switchover, Welcome};
@@ -20,9 +20,9 @@ use crate::demand::RequestQueue;
 use crate::driver::{Command, Driver};
 use crate::faults;
 use crate::handover::Handover;
-use crate::install::{Installer, Registration};
+use crate::install::{Installer, Registration, Shelf};
 use crate::memory::{LazyMemory, MemoryError};
-use crate::port::{DestinationMachine, HandedOver, LateMachine};
+use crate::port::{DestinationMachine, HandedOver, LateMachine, MachineError};
 use crate::report::{Report, Statistics};
 use crate::stage::{Stage, StageCell};
 use crate::uffd::{OpenError, RegisterError, Uffd};
@@ -79,6 +79,9 @@ impl From<Arc<PagerError>> for PagerError {
         Arc::try_unwrap(error).unwrap_or_else(Self::Shared)
     }
 }
+
+/// How often it is asked whether a machine that waits for its pages still lives.
+const CHECK_EVERY: Duration = Duration::from_millis(200);
 
 /// What all steps of a move hold on to.
 struct Move {
@@ -196,11 +199,19 @@ impl Offer {
     /// # Errors
     /// [`PagerError`]; but for [`PagerError::SourceLostAtHandover`] the machine runs on at the source.
     pub fn ask(self) -> Result<Unplaced, PagerError> {
-        self.0.tell(Command::Ask(self.layout().pages()));
+        let shelf = Shelf::new(self.layout().pages())
+            .inspect_err(|error| {
+                tracing::warn!(%error, "no room for pages that come before the machine");
+            })
+            .ok()
+            .map(Arc::new);
+        self.0
+            .tell(Command::Ask(self.layout().clone(), shelf.clone()));
         let switchover = self.0.switched()?;
         Ok(Unplaced {
             inner: self.0,
             switchover,
+            shelf,
         })
     }
 
@@ -238,6 +249,8 @@ impl Offer {
 pub struct Unplaced {
     inner: Move,
     switchover: Arc<Switchover>,
+    /// What came before the machine.
+    shelf: Option<Arc<Shelf>>,
 }
 
 impl Unplaced {
@@ -278,7 +291,10 @@ impl Unplaced {
             memory,
             uffd,
         } = handed;
-        let installer = Installer::new(&layout, Arc::new(memory), uffd, Registration::Done)?;
+        let mut installer = Installer::new(&layout, Arc::new(memory), uffd, Registration::Done)?;
+        if let Some(shelf) = &self.shelf {
+            installer = installer.with_shelf(shelf.clone());
+        }
         let statistics = self.inner.statistics.clone();
         let supply = Supply::Source(RequestQueue::default());
         let verify = self.inner.options.verify;
@@ -328,6 +344,24 @@ impl Arrived {
     /// Tells the source that the state can't be run here; returns when it has heard. It runs the machine again.
     pub fn refuse(self, reason: &str) -> PagerError {
         self.inner.refuse(reason)
+    }
+
+    /// Waits until all pages are here, where the source has it so (pre-copy, stop-and-copy); `check` is asked now and then
+    /// whether there is still something to wait for.
+    ///
+    /// # Errors
+    /// [`PagerError`]; what `check` says is told to the source, which runs the machine again.
+    pub fn wait_for_pages(
+        self,
+        mut check: impl FnMut() -> Result<(), MachineError>,
+    ) -> Result<Self, PagerError> {
+        let is_here = || self.core.is_all_here();
+        while self.switchover.wait && !self.inner.stage.wait_briefly(CHECK_EVERY, is_here)? {
+            if let Err(error) = check() {
+                return Err(self.refuse(&describe(error.as_ref())));
+            }
+        }
+        Ok(self)
     }
 
     /// Tells the source that the vCPUs run; returns when it has heard.
@@ -550,7 +584,11 @@ pub fn resume_late(offer: Offer, machine: &mut dyn LateMachine) -> Result<Fillin
         Err(error) => return Err(unplaced.refuse(&describe(error.as_ref()))),
     };
     let arrived = unplaced.place(handed)?;
-    match machine.finish_load().and_then(|()| machine.start()) {
+    if let Err(error) = machine.finish_load() {
+        return Err(arrived.refuse(&describe(error.as_ref())));
+    }
+    let arrived = arrived.wait_for_pages(|| machine.check_alive())?;
+    match machine.start() {
         Ok(()) => arrived.started(),
         Err(error) => Err(arrived.refuse(&describe(error.as_ref()))),
     }

@@ -74,6 +74,14 @@ pub trait LateMachine: Send {
     /// Refused. The source resumes the machine.
     fn finish_load(&mut self) -> Result<(), MachineError>;
 
+    /// Whether the monitor still lives; asked while it waits for its pages before the start.
+    ///
+    /// # Errors
+    /// It does not. The source resumes the machine.
+    fn check_alive(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
     /// Starts the vCPUs, once.
     ///
     /// # Errors

@@ -1,15 +1,20 @@
 //! The bulk lane: takes the push in and puts its pages in place.
+//!
+//! Memory that is not there yet has a shelf for what comes early. All else waits for the memory in its stream, which holds
+//! the source up by its flow-control window.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use lazyvm_wire::PageRange;
 use lazyvm_wire::frame::{Encoding, FRAME_HEADER_LEN, FrameError, FrameHeader, FrameKind};
-use lazyvm_wire::{PAGE_SIZE, PageIndex};
+use lazyvm_wire::{Layout, PAGE_SIZE, PageIndex};
 use quinn::{Connection, ConnectionError, ReadError, RecvStream};
+use tokio::sync::watch;
 
 use crate::core::{Core, Origin};
-use crate::install::InstallError;
+use crate::install::{InstallError, Shelf};
 use crate::table::after;
 
 /// Pages that are put in place at a time: 64 KiB. More no longer makes a page cheaper, and leaves the cache.
@@ -35,15 +40,62 @@ pub(crate) enum PushError {
     Install(#[from] InstallError),
     #[error("the memory's huge pages can't be put in place in parts")]
     Parts,
+    #[error("pages that come early can't be kept")]
+    Keep(#[from] std::io::Error),
+    #[error("pages came early, and there is no place for them")]
+    NoShelf,
+    #[error("the machine was given up")]
+    GivenUp,
+}
+
+/// Where pages go.
+#[derive(Clone)]
+pub(crate) struct Intake {
+    /// The source's.
+    pub layout: Layout,
+    /// For what comes early while there is no memory.
+    pub shelf: Option<Arc<Shelf>>,
+    /// The memory, once it is there.
+    pub core: watch::Receiver<Option<Arc<Core>>>,
+}
+
+impl Intake {
+    /// Into memory that is there.
+    pub fn of(core: &Arc<Core>) -> Self {
+        Self {
+            layout: core.layout.clone(),
+            shelf: None,
+            core: watch::Sender::new(Some(Arc::clone(core))).subscribe(),
+        }
+    }
+
+    async fn memory(&self) -> Result<Arc<Core>, PushError> {
+        let mut core = self.core.clone();
+        let there = core.wait_for(Option::is_some).await;
+        let there = there.map_err(|_| PushError::GivenUp)?;
+        there.clone().ok_or(PushError::GivenUp)
+    }
+
+    /// Takes pages of one region in as they were in a round before the pause.
+    async fn keep(&self, part: PageRange, round: u8, data: &[u8]) -> Result<(), PushError> {
+        let there = self.core.borrow().clone();
+        let core = match (there, &self.shelf) {
+            (Some(core), _) => core,
+            (None, Some(shelf)) if shelf.keep(part, round, data)? => return Ok(()),
+            (None, Some(_)) => self.memory().await?,
+            (None, None) => return Err(PushError::NoShelf),
+        };
+        Ok(core.keep_early(part, round, data)?)
+    }
 }
 
 /// Takes streams in until the connection is lost or one of them is wrong.
-pub(crate) async fn run(core: Arc<Core>, connection: Connection) -> PushError {
+pub(crate) async fn run(intake: Intake, connection: Connection) -> PushError {
     let mut streams = tokio::task::JoinSet::new();
     loop {
         tokio::select! {
             stream = connection.accept_uni() => match stream {
-                Ok(stream) => drop(streams.spawn(take_in(core.clone(), stream))),
+                Ok(stream) => drop(streams.spawn(take_in(intake.clone(), stream))),
                 Err(error) => return error.into(),
             },
             Some(done) = streams.join_next(), if !streams.is_empty() => {
@@ -57,14 +109,19 @@ pub(crate) async fn run(core: Arc<Core>, connection: Connection) -> PushError {
 }
 
 /// Takes one stream's frames in.
-async fn take_in(core: Arc<Core>, stream: RecvStream) -> Result<(), PushError> {
+async fn take_in(intake: Intake, stream: RecvStream) -> Result<(), PushError> {
     let mut input = Input {
         stream,
         pending: Bytes::new(),
         joined: BytesMut::new(),
     };
     while let Some(head) = input.header().await? {
-        let header = FrameHeader::decode(&head, core.layout.pages())?;
+        let header = FrameHeader::decode(&head, intake.layout.pages())?;
+        if header.kind == FrameKind::Early {
+            input.keep(&intake, header).await?;
+            continue;
+        }
+        let core = intake.memory().await?;
         match header.kind {
             FrameKind::Zero => each_region(&core, header.range, |part| core.install_zeros(part))?,
             FrameKind::Raw | FrameKind::Early => input.install(&core, header).await?,
@@ -122,30 +179,44 @@ impl Input {
 
     /// Puts the pages of a frame in place, a part at a time.
     async fn install(&mut self, core: &Core, header: FrameHeader) -> Result<(), PushError> {
-        let put = |part, data: &[u8]| match header.kind {
-            FrameKind::Early => core.keep_early(part, header.round, data),
-            _ => core.install(part, data, Origin::Push).map(|_| ()),
-        };
+        let mut parts = Parts::of(&core.layout, header);
+        let unpacked = self.unpacked(header).await?;
+        while let Some((part, bytes)) = parts.next()? {
+            let data = match &unpacked {
+                Some(pages) => &pages[bytes],
+                None => self.take(bytes.len()).await?,
+            };
+            core.install(part, data, Origin::Push)?;
+        }
+        Ok(())
+    }
+
+    /// The same for pages that come before the pause.
+    async fn keep(&mut self, intake: &Intake, header: FrameHeader) -> Result<(), PushError> {
+        // The memory may cut the image otherwise than the source does. Only small pages come early, of any region.
+        let there = intake.core.borrow().clone();
+        let layout = there.as_ref().map_or(&intake.layout, |core| &core.layout);
+        let mut parts = Parts::of(layout, header);
+        let unpacked = self.unpacked(header).await?;
+        while let Some((part, bytes)) = parts.next()? {
+            let data = match &unpacked {
+                Some(pages) => &pages[bytes],
+                None => self.take(bytes.len()).await?,
+            };
+            intake.keep(part, header.round, data).await?;
+        }
+        Ok(())
+    }
+
+    /// The pages of a frame that is compressed.
+    async fn unpacked(&mut self, header: FrameHeader) -> Result<Option<Vec<u8>>, PushError> {
         if header.encoding == Encoding::Plain {
-            let mut rest = header.range;
-            while !rest.is_empty() {
-                let part = install_part(core, rest).ok_or(PushError::Parts)?;
-                put(part, self.take(part.bytes() as usize).await?)?;
-                rest = after(rest, part);
-            }
-            return Ok(());
+            return Ok(None);
         }
         let packed = self.take(header.payload_len()).await?;
         let mut pages = vec![0; header.range.bytes() as usize];
         unpack(header.encoding, packed, &mut pages)?;
-        let mut rest = header.range;
-        while !rest.is_empty() {
-            let part = install_part(core, rest).ok_or(PushError::Parts)?;
-            let start = (rest.first.0 - header.range.first.0) as usize * PAGE_SIZE;
-            put(part, &pages[start..start + part.bytes() as usize])?;
-            rest = after(rest, part);
-        }
-        Ok(())
+        Ok(Some(pages))
     }
 
     /// The next `length` bytes.
@@ -184,11 +255,39 @@ fn unpack(encoding: Encoding, packed: &[u8], pages: &mut [u8]) -> Result<(), Pus
     }
 }
 
+/// The pages of a frame in parts that can be installed at a time.
+struct Parts<'a> {
+    layout: &'a Layout,
+    range: PageRange,
+    rest: PageRange,
+}
+
+impl<'a> Parts<'a> {
+    fn of(layout: &'a Layout, header: FrameHeader) -> Self {
+        Self {
+            layout,
+            range: header.range,
+            rest: header.range,
+        }
+    }
+
+    /// The next part, and where its bytes are among the frame's.
+    fn next(&mut self) -> Result<Option<(PageRange, Range<usize>)>, PushError> {
+        if self.rest.is_empty() {
+            return Ok(None);
+        }
+        let part = install_part(self.layout, self.rest).ok_or(PushError::Parts)?;
+        let start = (part.first.0 - self.range.first.0) as usize * PAGE_SIZE;
+        self.rest = after(self.rest, part);
+        Ok(Some((part, start..start + part.bytes() as usize)))
+    }
+}
+
 /// The first pages of `rest` that can be installed at a time: whole units of one region.
-fn install_part(core: &Core, rest: PageRange) -> Option<PageRange> {
-    let unit = core.layout.unit_of(rest.first)?;
-    let (region, _) = core.layout.locate(rest.first)?;
-    let rest = rest.intersect(core.layout.region_range(region)?);
+fn install_part(layout: &Layout, rest: PageRange) -> Option<PageRange> {
+    let unit = layout.unit_of(rest.first)?;
+    let (region, _) = layout.locate(rest.first)?;
+    let rest = rest.intersect(layout.region_range(region)?);
     let count = INSTALL_PAGES.max(unit.count).min(rest.count);
     (unit.first == rest.first && count >= unit.count)
         .then_some(PageRange::new(PageIndex(rest.first.0), count))

@@ -1,6 +1,7 @@
 //! How far a move is, told from the fault lane to threads that wait.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use lazyvm_wire::control::Switchover;
 
@@ -66,6 +67,25 @@ impl StageCell {
                 .changed
                 .wait(stage)
                 .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits for so long at most; whether `found` says yes.
+    pub fn wait_briefly(
+        &self,
+        time: Duration,
+        found: impl Fn() -> bool,
+    ) -> Result<bool, Arc<PagerError>> {
+        let stage = self.lock();
+        let (stage, _) = self
+            .changed
+            .wait_timeout_while(stage, time, |stage| {
+                !found() && !matches!(stage, Stage::Failed(_))
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        match &*stage {
+            Stage::Failed(error) => Err(error.clone()),
+            _ => Ok(found()),
         }
     }
 

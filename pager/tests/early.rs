@@ -7,11 +7,12 @@ mod common;
 
 use std::sync::{Arc, Mutex};
 
-use common::{Handler, Image, Kind, Random, installer, read_page};
-use lazyvm_pager::install::Installer;
+use common::{Handler, Image, Kind, Random, installer, read_page, sys};
+use lazyvm_pager::install::{Installer, Shelf};
 use lazyvm_pager::table::PageState;
 use lazyvm_wire::held::HeldRun;
 use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange};
+use nix::sys::mman::MmapAdvise;
 use proptest::prelude::*;
 
 const PAGES: u64 = 512;
@@ -20,10 +21,19 @@ fn page(number: u64) -> PageRange {
     PageRange::one(PageIndex(number))
 }
 
-fn image() -> Arc<Image> {
-    Arc::new(Image::new(Kind::SharedMinor.layout(PAGES), |page| {
-        page % 7 == 3
-    }))
+fn image(kind: Kind) -> Arc<Image> {
+    Arc::new(Image::new(kind.layout(PAGES), |page| page % 7 == 3))
+}
+
+/// Memory with a file of its own, or private memory with a shelf.
+fn installer_for_early(test: &str, kind: Kind, image: &Image) -> Option<Installer> {
+    let installer = Arc::into_inner(installer(test, kind, &image.layout, false)?)
+        .expect("nobody else has it yet");
+    if kind == Kind::SharedMinor {
+        return Some(installer);
+    }
+    let shelf = Shelf::new(image.layout.pages()).expect("a shelf");
+    Some(installer.with_shelf(Arc::new(shelf)))
 }
 
 fn keep(installer: &Installer, range: PageRange, round: u8, data: &[u8]) -> Vec<PageRange> {
@@ -71,9 +81,11 @@ proptest! {
         seed in any::<u64>(),
         early in proptest::collection::vec((0..PAGES + 48, 1..20_u64), 0..60),
         touched in proptest::collection::vec(0..PAGES + 48, 0..6),
+        shared in any::<bool>(),
     ) {
-        let image = image();
-        let Some(installer) = installer("early", Kind::SharedMinor, &image.layout, false) else {
+        let kind = if shared { Kind::SharedMinor } else { Kind::Anonymous };
+        let image = image(kind);
+        let Some(installer) = installer_for_early("early", kind, &image) else {
             return Ok(());
         };
         let mut random = Random::new(seed);
@@ -133,11 +145,15 @@ proptest! {
 
 #[test]
 fn the_rest_is_right_too_when_the_memory_is_let_go() {
-    let image = image();
-    let Some(installer) = installer("early_complete", Kind::SharedMinor, &image.layout, false)
-    else {
-        return;
-    };
+    for kind in [Kind::SharedMinor, Kind::Anonymous] {
+        let image = image(kind);
+        if let Some(installer) = installer_for_early("early_complete", kind, &image) {
+            let_go(&installer, &image);
+        }
+    }
+}
+
+fn let_go(installer: &Installer, image: &Image) {
     let pages = image.layout.pages();
     let mut rounds = vec![0; pages as usize];
     for number in 0..pages {
@@ -149,7 +165,7 @@ fn the_rest_is_right_too_when_the_memory_is_let_go() {
         } else {
             vec![7; PAGE_SIZE]
         };
-        keep(&installer, page(number), 1, &data);
+        keep(installer, page(number), 1, &data);
     }
     installer.apply_map(&image.map).expect("a map");
     installer.hold(&held(&rounds)).expect("held pages");
@@ -172,7 +188,7 @@ fn the_rest_is_right_too_when_the_memory_is_let_go() {
 #[test]
 fn a_page_that_the_file_lost_is_asked_for() {
     use nix::fcntl::{FallocateFlags, fallocate};
-    let image = image();
+    let image = image(Kind::SharedMinor);
     let Some(installer) = installer("early_lost", Kind::SharedMinor, &image.layout, false) else {
         return;
     };
@@ -218,4 +234,72 @@ fn memory_without_a_file_takes_nothing_early() {
         Ok(())
     });
     assert!(refused.is_err() && !*never.lock().expect("unpoisoned"));
+}
+
+#[test]
+fn pages_wait_on_the_shelf_until_there_is_memory() {
+    let image = image(Kind::Anonymous);
+    let Some(installer) = installer("early_shelf", Kind::Anonymous, &image.layout, false) else {
+        return;
+    };
+    let shelf = Arc::new(Shelf::new(image.layout.pages()).expect("a shelf"));
+    for (number, round, byte) in [(1, 1, 7), (2, 2, 9), (2, 1, 8)] {
+        let kept = shelf.keep(page(number), round, &[byte; PAGE_SIZE]);
+        assert!(kept.expect("room"), "page {number}");
+    }
+    let installer = Arc::into_inner(installer)
+        .expect("nobody else has it yet")
+        .with_shelf(shelf.clone());
+    assert!(installer.takes_early());
+    installer.apply_map(&image.map).expect("a map");
+    assert_eq!(installer.hold(&held(&[0, 1, 2])).expect("held pages"), 2);
+    let kept = shelf.keep(page(4), 1, &[1; PAGE_SIZE]);
+    assert!(!kept.expect("no write"), "the switchover was here");
+    installer.map_held().expect("mapped");
+    for (number, byte) in [(1, 7), (2, 9)] {
+        assert_eq!(read_page(installer.memory(), number), [byte; PAGE_SIZE]);
+    }
+    let past = PageRange::new(PageIndex(image.layout.pages() - 1), 2);
+    assert!(shelf.keep(past, 1, &[0; 2 * PAGE_SIZE]).is_err());
+    assert!(shelf.keep(page(0), 1, &[0; 7]).is_err());
+}
+
+#[test]
+fn what_was_given_back_does_not_come_from_the_shelf() {
+    let image = image(Kind::Anonymous);
+    let Some(installer) = installer("early_removed", Kind::Anonymous, &image.layout, true) else {
+        return;
+    };
+    let shelf = Arc::new(Shelf::new(image.layout.pages()).expect("a shelf"));
+    let all = image.layout.range();
+    for part in all.pages() {
+        let kept = shelf.keep(PageRange::one(part), 1, image.page(part.0));
+        assert!(kept.expect("room"));
+    }
+    let installer = Arc::into_inner(installer)
+        .expect("nobody else has it yet")
+        .with_shelf(shelf);
+    installer.apply_map(&image.map).expect("a map");
+    let rounds: Vec<u8> = all
+        .pages()
+        .map(|at| image.map[at.as_usize()].into())
+        .collect();
+    installer.hold(&held(&rounds)).expect("held pages");
+    let installer = Arc::new(installer);
+    let handler = Handler::start(&installer, &image);
+    // Nobody has touched the first pages yet; the others are in place by the time.
+    let given_back = PageRange::new(PageIndex(100), 40);
+    std::thread::scope(|scope| {
+        scope.spawn(|| installer.map_held().expect("mapped"));
+        sys::advise(installer.memory(), given_back, MmapAdvise::MADV_DONTNEED).expect("madvise");
+    });
+    for at in all.pages() {
+        let expected = if given_back.contains(at) {
+            &[0; PAGE_SIZE][..]
+        } else {
+            image.page(at.0)
+        };
+        assert!(read_page(installer.memory(), at.0) == expected, "{at}");
+    }
+    handler.stop();
 }

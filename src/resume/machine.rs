@@ -127,6 +127,14 @@ impl<M: LateMachine> LateMachine for Cancellable<M> {
         self.note(result)
     }
 
+    fn check_alive(&mut self) -> Result<(), MachineError> {
+        let result = self
+            .cancel
+            .check()
+            .and_then(|()| self.machine.check_alive());
+        self.note(result)
+    }
+
     fn start(&mut self) -> Result<(), MachineError> {
         let result = self.cancel.check().and_then(|()| self.machine.start());
         self.note(result)

@@ -3,9 +3,11 @@
 // Clippy allows these in tests only, not in what tests share.
 #![allow(clippy::unwrap_used)]
 
+mod ahead;
 #[path = "../common/mod.rs"]
 mod common;
 mod peer;
+mod refusals;
 mod source;
 mod sys;
 
@@ -462,7 +464,8 @@ fn a_source_that_goes_on_is_not_read_any_more() {
     snapshot(&home);
     let source = firecracker(&home, "source", "1.16.0", "source", false);
     let (serve, ticket) = serve_vm(&home, &source, &["--max-bandwidth", "1mbit"]);
-    let vm = destination(&home, &source, "1.16.0", "");
+    // Its guest takes its time, so that there is something left to read when the source ends.
+    let vm = destination(&home, &source, "1.16.0", "slow");
     let mut resume = vm.resume(&home, &ticket);
     resume.wait_log("the VM runs in Firecracker");
     source.firecracker.signal(Signal::SIGKILL);

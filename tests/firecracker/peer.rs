@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use lazyvm_pager::install::{Installer, Registration};
 use lazyvm_pager::uffd::Uffd;
@@ -208,6 +209,7 @@ impl Peer {
         for page in [0, 1, 159, 512, pages / 2, pages - 1] {
             self.compare(&installer, page).unwrap();
         }
+        write_whole(&self.role.home.join("loaded"), "");
     }
 
     fn minor(&self) -> u32 {
@@ -332,6 +334,9 @@ impl Peer {
                 let (check, installer) = (&check, &installer);
                 scope.spawn(move || {
                     for page in (thread..pages).step_by(4).filter(|&page| !given_back(page)) {
+                        if self.role.fault == "slow" {
+                            std::thread::sleep(Duration::from_millis(20));
+                        }
                         check(self.compare(installer, page));
                     }
                 });

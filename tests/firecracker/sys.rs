@@ -2,10 +2,13 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
 use lazyvm_pager::LazyMemory;
-use lazyvm_wire::PageRange;
+use lazyvm_wire::{PageIndex, PageRange};
+use nix::libc;
 use nix::sys::mman::{MmapAdvise, madvise};
 
 /// Gives pages of one region back, as Firecracker's balloon does.
@@ -15,4 +18,12 @@ pub fn give_back(memory: &LazyMemory, range: PageRange) {
     // SAFETY: lazy memory is not referred to by any Rust reference, and is touched atomically only; that its content
     // goes away is what the test wants.
     unsafe { madvise(address, range.bytes() as usize, MmapAdvise::MADV_DONTNEED) }.unwrap();
+}
+
+/// Has the kernel write a file's first bytes into a page, as it does with a packet that a TAP device gets.
+pub fn receive(memory: &LazyMemory, page: PageIndex, packet: &File) {
+    let host = memory.address_of(page).unwrap() as *mut c_void;
+    // SAFETY: the kernel writes eight bytes within the page, which no Rust reference refers to.
+    let read = unsafe { libc::read(packet.as_raw_fd(), host, 8) };
+    assert_eq!(read, 8);
 }

@@ -5,7 +5,7 @@ use lazyvm_wire::{PageIndex, PageRange};
 use super::{CompleteError, InstallError, Installer};
 use crate::memory::InstallMode;
 use crate::removal::Patience;
-use crate::table::after;
+use crate::table::{PageState, after};
 
 impl Installer {
     /// Lets go of the memory: unregisters it, so that what is not in place now reads as zero natively.
@@ -19,8 +19,8 @@ impl Installer {
         self.let_events_through()
             .map_err(|error| CompleteError::Install(error.into()))?;
         let mut patience = Patience::new();
-        while let Some(first) = self.table.missing().next() {
-            // With nothing more to come, it is a zero page that another thread fills right now.
+        while let Some(first) = self.next_not_settled()? {
+            // With nothing more to come, it is a page that another thread fills right now.
             let remaining = self.table.remaining();
             if remaining > 0 || !patience.wait() {
                 return Err(CompleteError::Incomplete { remaining, first });
@@ -39,6 +39,20 @@ impl Installer {
                 })?;
         }
         Ok(())
+    }
+
+    /// What keeps the memory from being let go of. A page on the shelf does, since it would read as zero: it is put in its
+    /// place. One in the memory's own file does not.
+    fn next_not_settled(&self) -> Result<Option<PageRange>, InstallError> {
+        if self.filler.shelf.is_none() {
+            return Ok(self.table.missing().next());
+        }
+        self.map_held()?;
+        // One whose copy has failed meanwhile is back on the shelf.
+        let mut open = self
+            .table
+            .runs(|state| state.is_missing() || state == PageState::Held);
+        Ok(open.next())
     }
 
     /// Makes holes of pages that are zero and not in place: their file may hold what a pre-copy brought, or what was

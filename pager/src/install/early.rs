@@ -1,6 +1,7 @@
 //! Pages that come before the machine is handed over.
 //!
-//! They are written to the memory's file, where nobody sees them: nothing is mapped there yet. They come in rounds, each of
+//! They are written to the memory's file, where nobody sees them: nothing is mapped there yet. Memory that has no file, or
+//! that is not there yet, has a [`Shelf`](super::Shelf) instead, from which they are copied. They come in rounds, each of
 //! them with what the machine has written since the one before; streams arrive in any order, so only a later round's copy is
 //! written over an earlier one's. The switchover says of which round the copy is that has not changed at the source since.
 //! Where that one is here, the page is *held*, and a touch maps it. Where it is still on its way, it is put in place like
@@ -14,6 +15,7 @@ use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange};
 use super::{InstallError, Installer, block_around};
 use crate::fill::Cause;
 use crate::memory::InstallMode;
+use crate::removal::Patience;
 use crate::table::after;
 
 /// Held pages that are mapped at a time.
@@ -22,7 +24,7 @@ const MAP_PAGES: u64 = 64;
 /// A round for each page; 0 for none.
 type Rounds = Vec<u8>;
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 enum State {
     /// Nothing came yet.
     #[default]
@@ -34,17 +36,54 @@ enum State {
 }
 
 /// Hears of held pages and their bytes when they have just been mapped, as they were before anybody could touch them.
-type Witness = Box<dyn Fn(PageRange, &[u8]) + Send + Sync>;
+pub(super) type Witness = Box<dyn Fn(PageRange, &[u8]) + Send + Sync>;
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Early {
     state: Mutex<State>,
     /// Units that the file lost, and nobody has asked the source for yet.
     lost: Mutex<Vec<PageRange>>,
-    witness: Option<Witness>,
+}
+
+/// What became of pages that came early.
+pub(super) enum Taken {
+    /// They are written, as far as they are newer than what was there.
+    Kept,
+    /// The switchover was here: these hold and are to be installed, the others are stale.
+    Late(Vec<PageRange>),
 }
 
 impl Early {
+    /// Has `write` called for the runs of an image of `pages` pages that are newer than what is there.
+    pub(super) fn take_in<E>(
+        &self,
+        pages: u64,
+        range: PageRange,
+        round: u8,
+        data: &[u8],
+        mut write: impl FnMut(PageRange, &[u8]) -> Result<(), E>,
+    ) -> Result<Taken, E> {
+        let mut state = self.lock();
+        if matches!(*state, State::Empty) {
+            *state = State::Before(vec![0; pages as usize]);
+        }
+        match &mut *state {
+            State::Before(kept) => {
+                let newer: Vec<_> = runs_where(kept, range, |known| known < round).collect();
+                for run in newer {
+                    write(run, part_of(range, data, run))?;
+                    kept[run.first.as_usize()..run.end().as_usize()].fill(round);
+                }
+                Ok(Taken::Kept)
+            }
+            State::After(late) => {
+                let holding = runs_where(late, range, |expected| expected == round);
+                Ok(Taken::Late(holding.collect()))
+            }
+            State::Empty => Ok(Taken::Late(Vec::new())),
+        }
+    }
+
     /// Held while the file is written, so that nothing is written over a page of a machine that runs.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -52,16 +91,16 @@ impl Early {
 }
 
 impl Installer {
-    /// Whether pages may come before the switchover: only a file can keep them out of the guest's sight.
+    /// Whether pages may come before the switchover: only a file or a shelf can keep them out of the guest's sight.
     pub fn takes_early(&self) -> bool {
-        self.memory().mode() == InstallMode::Minor
+        self.memory().mode() == InstallMode::Minor || self.filler.shelf.is_some()
     }
 
     /// Takes in pages as the machine had them in a round before it was handed over. Those that hold, and come after the
     /// switchover said so, are passed to `late`, to be installed like any other.
     ///
     /// # Errors
-    /// As [`Self::install`]; [`InstallError::NotWholeUnits`] too where the memory has no file.
+    /// As [`Self::install`]; [`InstallError::NotWholeUnits`] too where the memory has neither a file nor a shelf.
     pub fn keep(
         &self,
         range: PageRange,
@@ -73,32 +112,17 @@ impl Installer {
         if !self.takes_early() {
             return Err(InstallError::NotWholeUnits(range));
         }
-        let bytes_of = |run: PageRange| {
-            let start = (run.first.0 - range.first.0) as usize * PAGE_SIZE;
-            &data[start..start + run.bytes() as usize]
+        let write = |run: PageRange, bytes: &[u8]| {
+            let written = self.filler.write_aside(run, bytes);
+            written.map_err(|cause| InstallError::of(run, cause))
         };
-        let mut state = self.early.lock();
-        if matches!(*state, State::Empty) {
-            *state = State::Before(vec![0; self.table.pages() as usize]);
+        let pages = self.table.pages();
+        match self.early.take_in(pages, range, round, data, write)? {
+            Taken::Kept => Ok(()),
+            Taken::Late(holding) => holding
+                .into_iter()
+                .try_for_each(|run| late(run, part_of(range, data, run))),
         }
-        let holding: Vec<_> = match &mut *state {
-            State::Before(kept) => {
-                let newer: Vec<_> = runs_where(kept, range, |known| known < round).collect();
-                for run in newer {
-                    self.filler
-                        .write_aside(run, bytes_of(run))
-                        .map_err(|cause| InstallError::of(run, cause))?;
-                    kept[run.first.as_usize()..run.end().as_usize()].fill(round);
-                }
-                return Ok(());
-            }
-            State::After(late) => runs_where(late, range, |expected| expected == round).collect(),
-            State::Empty => return Ok(()),
-        };
-        drop(state);
-        holding
-            .into_iter()
-            .try_for_each(|run| late(run, bytes_of(run)))
     }
 
     /// Takes in which pages hold of those that came early, after [`Self::apply_map`]; gives how many of them are here.
@@ -119,7 +143,11 @@ impl Installer {
         let mut result = Ok(());
         for &range in &here {
             for claimed in self.table.mark_held(range) {
-                result = result.and(self.map_claimed(claimed));
+                result = match self.map_claimed(claimed) {
+                    // It is marked as held now, so those who wait only have to touch it again.
+                    Err(Cause::EventUnread) => result,
+                    mapped => result.and(mapped),
+                };
             }
         }
         result.map_err(|cause| InstallError::of(PageRange::one(PageIndex(0)), cause))?;
@@ -132,14 +160,23 @@ impl Installer {
     /// [`InstallError`]; what is not mapped then is mapped when it is touched.
     pub fn map_held(&self) -> Result<(), InstallError> {
         let mut rest = PageRange::new(PageIndex(0), self.table.pages());
+        let mut patience = Patience::new();
         loop {
-            let _guard = self.guard.install();
+            let guard = self.guard.install();
             let Some(run) = self.table.claim_held_run(rest, MAP_PAGES) else {
                 return Ok(());
             };
-            self.map_claimed(run)
-                .map_err(|cause| InstallError::of(run, cause))?;
-            rest = after(rest, run);
+            match self.map_claimed(run) {
+                Ok(()) => {
+                    rest = after(rest, run);
+                    patience = Patience::new();
+                }
+                Err(Cause::EventUnread) => {
+                    drop(guard);
+                    self.make_way(run, &mut patience)?;
+                }
+                Err(cause) => return Err(InstallError::of(run, cause)),
+            }
         }
     }
 
@@ -157,8 +194,11 @@ impl Installer {
 
     /// Has `witness` hear of every held page. The machine stands still while it is told which are held, so they are not read
     /// then.
-    pub(crate) fn set_witness(&mut self, witness: Box<dyn Fn(PageRange, &[u8]) + Send + Sync>) {
-        self.early.witness = Some(witness);
+    pub(crate) fn set_witness(
+        &mut self,
+        witness: impl Fn(PageRange, &[u8]) + Send + Sync + 'static,
+    ) {
+        self.witness = Some(Box::new(witness));
     }
 
     /// Maps a touched held unit and its held neighbours; the guard is held.
@@ -175,7 +215,7 @@ impl Installer {
     fn map_claimed(&self, run: PageRange) -> Result<(), Cause> {
         let mut rest = run;
         let mut before = Vec::new();
-        if self.early.witness.is_some() {
+        if self.witness.is_some() {
             before.resize(run.bytes() as usize, 0);
             if let Err(source) = self.filler.read_file(run, &mut before) {
                 self.table.release(run);
@@ -193,7 +233,7 @@ impl Installer {
                 }
             };
             self.table.finish(mapped);
-            if let Some(witness) = &self.early.witness {
+            if let Some(witness) = &self.witness {
                 let from = (mapped.first.0 - run.first.0) as usize * PAGE_SIZE;
                 witness(mapped, &before[from..from + mapped.bytes() as usize]);
             }
@@ -207,6 +247,12 @@ impl Installer {
         }
         Ok(())
     }
+}
+
+/// The bytes of a run within those of a range.
+fn part_of(range: PageRange, data: &[u8], run: PageRange) -> &[u8] {
+    let start = (run.first.0 - range.first.0) as usize * PAGE_SIZE;
+    &data[start..start + run.bytes() as usize]
 }
 
 /// The runs whose copy that holds is here, and the rounds of those that are still on their way.

@@ -10,6 +10,7 @@
 //! hole that is punched into the file where pages are clean: Linux keeps their marks, and they read as zeros from then on.
 
 mod sys;
+pub(crate) mod unseen;
 
 use std::fs::File;
 use std::io;

@@ -64,6 +64,9 @@ pub enum DestinationError {
     /// It is too old.
     #[error("Firecracker {0} can't take memory from outside; 1.1 is the first that can")]
     TooOld(String),
+    /// It died.
+    #[error("Firecracker ended while its memory arrived")]
+    Ended,
     /// The API.
     #[error(transparent)]
     Api(#[from] ApiError),
@@ -349,6 +352,13 @@ impl LateMachine for Destination {
             .recv()
             .map_err(|_| DestinationError::OutOfOrder)?
             .map_err(DestinationError::Api)?;
+        Ok(())
+    }
+
+    fn check_alive(&mut self) -> Result<(), MachineError> {
+        if self.life.has_ended() {
+            return Err(DestinationError::Ended.into());
+        }
         Ok(())
     }
 

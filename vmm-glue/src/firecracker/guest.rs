@@ -114,6 +114,48 @@ impl Guest {
         })
     }
 
+    /// The regions: host address, length in bytes.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.regions
+            .iter()
+            .map(|region| (region.host, region.bytes))
+    }
+
+    /// The page of the image at this host address.
+    pub fn page_at(&self, host: u64) -> Option<PageIndex> {
+        let mut at = 0;
+        for region in &self.regions {
+            match host.checked_sub(region.host) {
+                Some(offset) if offset < region.bytes => {
+                    return Some(PageIndex::of_byte(at + offset));
+                }
+                _ => at += region.bytes,
+            }
+        }
+        None
+    }
+
+    /// The parts that hold data while the machine runs: host address, length in bytes.
+    pub fn data(self: &Arc<Self>) -> io::Result<Vec<(u64, u64)>> {
+        let mut runs = Vec::new();
+        ProcessMemory::running(Arc::clone(self)).data_runs(&mut |run| runs.push(run))?;
+        let mut parts = Vec::new();
+        for run in runs {
+            self.pieces(run, |_, address, bytes, _| {
+                parts.push((address, bytes));
+                Ok(())
+            })?;
+        }
+        Ok(parts)
+    }
+
+    /// Whether all of it is mapped, and is memory that nobody but this process can have mapped.
+    pub fn is_private(&self, mappings: &Mappings) -> bool {
+        self.ranges().all(|(host, bytes)| {
+            covering(mappings, host, bytes).is_some_and(|found| found.into_iter().all(is_anonymous))
+        })
+    }
+
     /// Calls `each` with the pieces of a range: address, and bytes of the range before it.
     fn pieces(
         &self,
@@ -136,30 +178,40 @@ impl Guest {
     }
 }
 
-/// The memory of a Firecracker that is held. Nothing is read from one that goes on.
+/// The memory, read from the process.
 #[derive(Debug)]
-pub(super) struct FrozenMemory {
+pub(super) struct ProcessMemory {
     guest: Arc<Guest>,
-    holds: Arc<AtomicBool>,
+    /// Whether it is still held; `None` for one that runs.
+    holds: Option<Arc<AtomicBool>>,
     /// Reading a process's page map takes a way that not every kernel has.
     no_scan: OnceLock<()>,
 }
 
-impl FrozenMemory {
-    /// `holds` tells whether the process is held.
-    pub fn new(guest: Arc<Guest>, holds: Arc<AtomicBool>) -> Self {
+impl ProcessMemory {
+    /// Of a process that is held, which `holds` tells. Nothing is read from one that goes on.
+    pub fn held(guest: Arc<Guest>, holds: Arc<AtomicBool>) -> Self {
         Self {
             guest,
-            holds,
+            holds: Some(holds),
+            no_scan: OnceLock::new(),
+        }
+    }
+
+    /// Of a machine that runs and writes to it meanwhile. Only a tracker tells what of it is still so later.
+    pub fn running(guest: Arc<Guest>) -> Self {
+        Self {
+            guest,
+            holds: None,
             no_scan: OnceLock::new(),
         }
     }
 
     fn check(&self) -> io::Result<()> {
-        if self.holds.load(Ordering::SeqCst) {
-            return Ok(());
+        match &self.holds {
+            Some(holds) if !holds.load(Ordering::SeqCst) => Err(gone()),
+            _ => Ok(()),
         }
-        Err(gone())
     }
 
     /// Runs of pages of a region that are there, as addresses.
@@ -181,7 +233,7 @@ fn gone() -> io::Error {
     io::Error::other("Firecracker ended, or was let go, while its memory was served")
 }
 
-impl SourceMemory for FrozenMemory {
+impl SourceMemory for ProcessMemory {
     fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
         self.guest.pieces(range, |_, address, bytes, before| {
             let to = (before as usize)..(before + bytes) as usize;

@@ -16,6 +16,7 @@ mod receive;
 pub mod snapshot;
 pub mod source;
 mod sys;
+mod tracker;
 
 /// The kind in the [`MachineOffer`](lazyvm_wire::MachineOffer) of a Firecracker.
 pub const KIND: &str = "firecracker";

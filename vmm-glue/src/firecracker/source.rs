@@ -11,26 +11,28 @@
 //! into the same file. The files lie in memory (`/dev/shm`) where there is room, since Firecracker waits until a disk has
 //! them.
 
+mod memory;
 mod scratch;
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lazyvm_server::port::{MachineError, SourceMachine, SourceMemory};
-use lazyvm_wire::{Backing, Layout, LayoutError, MachineOffer, PageRange};
+use lazyvm_server::port::{DirtyTracker, MachineError, SourceMachine, SourceMemory};
+use lazyvm_wire::{Backing, Layout, LayoutError, MachineOffer};
 
+pub(super) use self::memory::ServedMemory;
 use self::scratch::scratch_in;
 use super::api::{Api, ApiError, SnapshotKind, release};
 use super::folder::{FolderError, SharedFolder};
 use super::frozen::{FreezeError, Frozen};
-use super::guest::{FrozenMemory, Guest};
+use super::guest::{Guest, ProcessMemory};
 use super::offer;
 use super::process::PeerProcess;
 use super::snapshot::{self, SnapshotError, SnapshotFiles, SnapshotMachine, SnapshotOptions};
+use super::tracker::Tracker;
 
 /// The first release whose diff snapshots after a full one hold only what changed since, and are merged into its file.
 const DIFFS_AFTER_FULL: (u32, u32) = (1, 8);
@@ -121,42 +123,9 @@ pub struct FirecrackerMachine {
     has_base: AtomicBool,
     /// It was paused already when it was found, so it stays so.
     was_paused: bool,
-    memory: Arc<PausedMemory>,
+    memory: Arc<ServedMemory>,
     /// From the pause on, where its memory is read from the process. Never two pauses at a time.
     frozen: Mutex<Option<Frozen>>,
-}
-
-/// The memory, once there is one. Nobody asks before the pause.
-#[derive(Default)]
-struct PausedMemory(Mutex<Option<Arc<dyn SourceMemory>>>);
-
-impl std::fmt::Debug for PausedMemory {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PausedMemory").finish_non_exhaustive()
-    }
-}
-
-impl PausedMemory {
-    fn set(&self, memory: Option<Arc<dyn SourceMemory>>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = memory;
-    }
-
-    fn get(&self) -> io::Result<Arc<dyn SourceMemory>> {
-        let memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        memory
-            .clone()
-            .ok_or_else(|| io::Error::other("the VM is not paused"))
-    }
-}
-
-impl SourceMemory for PausedMemory {
-    fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
-        self.get()?.read(range, out)
-    }
-
-    fn data_runs(&self, data: &mut dyn FnMut(PageRange)) -> io::Result<()> {
-        self.get()?.data_runs(data)
-    }
 }
 
 impl FirecrackerMachine {
@@ -260,8 +229,8 @@ impl FirecrackerMachine {
             bytes = state.len(),
             "Firecracker has written its state, and is held; its memory is read from the process"
         );
-        let memory = FrozenMemory::new(Arc::clone(guest), held.holds());
-        self.memory.set(Some(Arc::new(memory)));
+        let memory = ProcessMemory::held(Arc::clone(guest), held.holds());
+        self.memory.paused(Arc::new(memory));
         *frozen = Some(held);
         Ok(state)
     }
@@ -297,12 +266,12 @@ impl FirecrackerMachine {
             return Err(SourceError::MemorySize { got, expected });
         }
         let state = snapshot::read_state(&files.state)?;
-        self.memory.set(Some(snapshot.memory()));
+        self.memory.paused(snapshot.memory());
         Ok(state)
     }
 
     fn let_go(&self) {
-        self.memory.set(None);
+        self.memory.end();
         *self.frozen.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
@@ -369,6 +338,14 @@ impl SourceMachine for FirecrackerMachine {
         Arc::clone(&self.memory) as _
     }
 
+    /// There is one where the memory is read from the process: what Firecracker writes to a file is there at the pause only.
+    /// Huge pages go at the pause only.
+    fn tracker(&self) -> Option<Box<dyn DirtyTracker>> {
+        let guest = self.guest.as_ref().filter(|_| !self.huge_pages)?;
+        let (guest, memory) = (Arc::clone(guest), Arc::clone(&self.memory));
+        Some(Box::new(Tracker::new(self.process.clone(), guest, memory)))
+    }
+
     fn pause(&self) -> Result<Vec<u8>, MachineError> {
         self.api.pause().map_err(SourceError::Api)?;
         let taken = {
@@ -393,7 +370,7 @@ impl SourceMachine for FirecrackerMachine {
     }
 
     fn release(&self) -> Result<(), MachineError> {
-        self.memory.set(None);
+        self.memory.end();
         for (by_force, timeout) in [(false, END_TIMEOUT), (true, KILL_TIMEOUT)] {
             if self.process.has_ended() {
                 break;

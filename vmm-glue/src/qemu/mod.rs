@@ -18,7 +18,6 @@ mod source;
 mod tracker;
 mod transfer;
 pub mod tree;
-mod unseen;
 
 pub use destination::{Command, Destination, DestinationError, Running};
 pub use memory::{MemoryError, RamRegion};

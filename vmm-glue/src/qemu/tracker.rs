@@ -9,9 +9,9 @@ use nix::libc;
 
 use super::memory::RamRegion;
 use super::ram::SharedRam;
-use super::unseen;
 use crate::attach::Process;
 use crate::dirty::WriteWatch;
+use crate::dirty::unseen::{self, Commands};
 
 /// Why a QEMU's writes can't be noted.
 #[derive(Debug, thiserror::Error)]
@@ -153,7 +153,7 @@ impl QemuTracker {
     /// Before a scan, so that it is known what is scanned, and after it: what has come meanwhile may have written already.
     fn check(&self) -> Result<(), MachineError> {
         let pid = self.process.pid();
-        if let Some(name) = unseen::descriptor(pid).map_err(TrackError::Files)? {
+        if let Some(name) = unseen::descriptor(pid, Commands::Any).map_err(TrackError::Files)? {
             return Err(TrackError::Unseen(name).into());
         }
         if self.find()? != self.pieces {

@@ -49,7 +49,7 @@ fn follow(kind: Kind, seed: u64, test: &str) {
     let process = Process::open(written.child.id() as i32).unwrap();
     let all = [(written.address, kind.bytes() as u64)];
     // Else all but some parts are clean from the start, as where memory holds nothing yet.
-    let whole = seed % 2 == 0;
+    let whole = seed.is_multiple_of(2);
     let parts = all[0].1 / HUGE as u64;
     let some: Vec<_> = (0..parts)
         .map(|part| (written.address + part * HUGE as u64, HUGE as u64))

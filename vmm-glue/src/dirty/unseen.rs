@@ -1,4 +1,4 @@
-//! Who may write to a QEMU's RAM without going by QEMU's page tables, so that a [`WriteWatch`](crate::dirty::WriteWatch)
+//! Who may write to a monitor's RAM without going by its page tables, so that a [`WriteWatch`](crate::dirty::WriteWatch)
 //! would not see it.
 //!
 //! A device or a file system that reads straight into a caller's memory pins its pages first. The pin counts as a write
@@ -29,22 +29,31 @@ const DEVICES: [&str; 8] = [
 /// File systems that may read past the page cache although nobody asked for it: FUSE, 9p, SMB (`linux/magic.h`).
 const DIRECT: [i64; 4] = [0x6573_5546, 0x0102_1997, 0xff53_4d42, 0xfe53_4d42];
 
+/// What a process does with a disk of the host's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Commands {
+    /// It passes a guest's SCSI commands on, or may do so: these read straight into memory, whatever the flags.
+    Any,
+    /// It reads and writes, which goes by the page cache where it has not asked for `O_DIRECT`.
+    ReadAndWrite,
+}
+
 /// The name of a file that the process has open and that may be such a way; `None` where there is none.
 ///
 /// # Errors
 /// A descriptor that is there and can't be looked at.
-pub(super) fn descriptor(pid: i32) -> io::Result<Option<String>> {
+pub(crate) fn descriptor(pid: i32, commands: Commands) -> io::Result<Option<String>> {
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let number = entry?.file_name().to_string_lossy().into_owned();
         // One that is gone by now is nobody's way.
-        if let Some(name) = unless_gone(look(pid, &number))?.flatten() {
+        if let Some(name) = unless_gone(look(pid, &number, commands))?.flatten() {
             return Ok(Some(name));
         }
     }
     Ok(None)
 }
 
-fn look(pid: i32, number: &str) -> io::Result<Option<String>> {
+fn look(pid: i32, number: &str, commands: Commands) -> io::Result<Option<String>> {
     let link = format!("/proc/{pid}/fd/{number}");
     let target = fs::read_link(&link)?.to_string_lossy().into_owned();
     if DEVICES.iter().any(|device| target.starts_with(device)) || target.contains("/dmabuf") {
@@ -60,10 +69,9 @@ fn look(pid: i32, number: &str) -> io::Result<Option<String>> {
         .find_map(|line| line.strip_prefix("flags:"))
         .and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok())
         .ok_or_else(|| io::Error::new(ErrorKind::InvalidData, format!("no flags of {target}")))?;
-    // A SCSI command for a disk reads straight into memory, whatever the flags.
     let kind = fs::metadata(&link)?.file_type();
     let direct = flags & libc::O_DIRECT != 0
-        || kind.is_block_device()
+        || kind.is_block_device() && commands == Commands::Any
         || kind.is_file() && DIRECT.contains(&statfs(Path::new(&link))?.filesystem_type().0);
     Ok(direct.then_some(target))
 }
@@ -73,7 +81,7 @@ fn look(pid: i32, number: &str) -> io::Result<Option<String>> {
 ///
 /// # Errors
 /// A process whose memory map can't be read for another reason.
-pub(super) fn process<'a>(
+pub(crate) fn process<'a>(
     files: impl Iterator<Item = &'a File>,
     known: i32,
 ) -> io::Result<Option<i32>> {
@@ -133,7 +141,11 @@ mod tests {
     use super::*;
 
     fn own(number: RawFd) -> io::Result<Option<Option<String>>> {
-        unless_gone(look(std::process::id() as i32, &number.to_string()))
+        unless_gone(look(
+            std::process::id() as i32,
+            &number.to_string(),
+            Commands::ReadAndWrite,
+        ))
     }
 
     #[test]
