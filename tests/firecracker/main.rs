@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod peer;
+mod snapshots;
 mod source;
 mod sys;
 
