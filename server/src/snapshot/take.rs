@@ -10,6 +10,7 @@ use lazyvm_wire::{PAGE_SIZE, PageRange};
 use super::SnapshotError;
 use super::compare::{Compared, STEP_PAGES};
 use super::format::{self, CHUNK_PAGES, Manifest, SnapshotId};
+use super::lead::Lead;
 use super::write::Writer;
 use crate::port::{DirtyTracker, MachineError, SourceMachine, SourceMemory};
 use crate::rounds::{Judge, Round, Verdict};
@@ -61,6 +62,8 @@ pub struct Taken {
     pub id: SnapshotId,
     /// What it is.
     pub manifest: Manifest,
+    /// Whether its writes were tracked; else all memory was read while it stood still.
+    pub tracked: bool,
     /// Rounds while the machine ran.
     pub rounds: u32,
     /// Pages that were copied while it stood still.
@@ -85,21 +88,29 @@ pub fn take(
         memory: machine.memory(),
         writer: Writer::begin(directory, machine.layout(), base)?,
         reading: Reading::default(),
+        lead: Lead::watch(machine),
         go_on,
     };
     let (changes, rounds) = job.write_while_it_runs()?;
-    if matches!(changes, Changes::Compared(_)) {
+    let tracked = matches!(changes, Changes::Tracked(..));
+    if !tracked {
         tracing::warn!(
             "nothing tells which pages this VM writes, so that all of its memory is read while it stands still"
         );
     }
     let mut paused = job.pause(changes)?;
+    // Of one that can be read at the pause only, that is everything.
+    if rounds > 0 {
+        job.lead.written(&paused.kept.ranges);
+    }
     paused.kept.write(&mut job.writer)?;
+    let lead = job.lead.pages(machine.layout());
     let id = job.writer.id();
-    let manifest = job.writer.commit(&paused.state, machine.offer())?;
+    let manifest = job.writer.commit(&paused.state, machine.offer(), &lead)?;
     Ok(Taken {
         id,
         manifest,
+        tracked,
         rounds,
         pages_paused: paused.pages,
         pause: paused.time,
@@ -183,6 +194,7 @@ struct Job<'a> {
     memory: std::sync::Arc<dyn SourceMemory>,
     writer: Writer,
     reading: Reading,
+    lead: Lead,
     go_on: &'a mut dyn FnMut(Progress) -> bool,
 }
 
@@ -235,6 +247,7 @@ impl Job<'_> {
             return Ok((Changes::Compared(compared), 0));
         };
         self.write_chunks(0, &runs, &mut |range, bytes| compared.note(range, bytes))?;
+        self.lead.look();
         Ok((Changes::Compared(compared), 1))
     }
 
@@ -245,6 +258,11 @@ impl Job<'_> {
         let mut round = 0;
         loop {
             self.write_chunks(round, &runs, &mut |_, _| ())?;
+            if round == 0 {
+                self.lead.look();
+            } else {
+                self.lead.written(&runs);
+            }
             round += 1;
             runs.clear();
             tracker
