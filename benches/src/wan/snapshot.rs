@@ -11,7 +11,7 @@ use super::emulator::SOURCE;
 use super::guest::{Guest, Images};
 use super::lazyvm::{TICKET_WITHIN, resumed, wait_for_ticket};
 use super::process::pause;
-use super::trial::{End, Record, Trial};
+use super::trial::{End, Record, SETTLE, Trial};
 use super::{Setup, WanError, figures};
 
 /// How long a snapshot may take.
@@ -53,6 +53,8 @@ pub fn run(setup: &Setup, images: Option<&Images>) -> Result<Resumes, WanError> 
     let mut serve = trial.start(End::Source, "serve", command)?;
     wait_for_ticket(&mut serve, &ticket, TICKET_WITHIN)?;
     let mut resume = |name: &str| -> Result<Record, WanError> {
+        // What ended before leaves much to be freed and written.
+        pause(SETTLE)?;
         trial.cut_line();
         let order = trial.order_of_clone();
         let (record, clone) = resumed(&trial, setup, &ticket, name, &order)?;

@@ -23,7 +23,7 @@ const RAM_FOLDER: &str = "/dev/shm";
 const BOOT_WITHIN: Duration = Duration::from_secs(180);
 
 /// How long a guest works before anything is done to it.
-const SETTLE: Duration = Duration::from_millis(1500);
+pub const SETTLE: Duration = Duration::from_millis(1500);
 
 /// How long a guest that has not recovered is watched once all its memory is there.
 const RECOVERY_WITHIN: Duration = Duration::from_secs(10);

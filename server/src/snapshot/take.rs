@@ -25,6 +25,9 @@ const COPY_PAGES_MAX: usize = 64 * 1024;
 /// 16 MiB.
 const SPARE_PAGES: usize = 4096;
 
+/// Memory that is with a clone in no time, whatever comes first: 16 MiB.
+const SMALL_PAGES: u64 = 4096;
+
 /// A snapshot that was not taken. The machine runs on, unless it says otherwise.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeError {
@@ -98,7 +101,10 @@ pub fn take(
             "nothing tells which pages this VM writes, so that all of its memory is read while it stands still"
         );
     }
-    let mut paused = job.pause(changes)?;
+    let (mut paused, tracker) = job.pause(changes)?;
+    if let Some(tracker) = tracker {
+        job.watch_on(tracker, machine.layout().pages() > SMALL_PAGES);
+    }
     // Of one that can be read at the pause only, that is everything.
     if rounds > 0 {
         job.lead.written(&paused.kept.ranges);
@@ -326,7 +332,10 @@ impl Job<'_> {
     }
 
     /// Stops the machine, copies what is to be written still, and lets it run on.
-    fn pause(&mut self, changes: Changes) -> Result<Paused, TakeError> {
+    fn pause(
+        &mut self,
+        changes: Changes,
+    ) -> Result<(Paused, Option<Box<dyn DirtyTracker>>), TakeError> {
         let machine = self.machine;
         let failed = |error| TakeError::Machine("paused", error);
         let room = match &changes {
@@ -359,21 +368,29 @@ impl Job<'_> {
             }
         };
         let copied_us = start.elapsed().as_micros() as u64;
+        self.lead.runs_on_next();
+        let watched_us = start.elapsed().as_micros() as u64;
         standing.run_on()?;
         paused.time = start.elapsed();
-        if let Some(mut tracker) = tracker
-            && let Err(error) = tracker.stop()
-        {
-            tracing::warn!(%error, "the VM is still being watched for what it writes, and runs slower for it");
-        }
         tracing::debug!(
             state_us,
             copied_us,
+            watched_us,
             pause_us = paused.time.as_micros() as u64,
             pages = paused.pages,
             "the VM stood still"
         );
-        Ok(paused)
+        Ok((paused, tracker))
+    }
+
+    /// Hears what the machine uses right after the pause, if that is worth the time.
+    fn watch_on(&mut self, mut tracker: Box<dyn DirtyTracker>, is_worth_it: bool) {
+        if is_worth_it {
+            self.lead.watch_on(tracker.as_mut());
+        }
+        if let Err(error) = tracker.stop() {
+            tracing::warn!(%error, "the VM is still being watched for what it writes, and runs slower for it");
+        }
     }
 
     fn copy_tracked(
