@@ -1,6 +1,7 @@
 //! `lazyvm bench`.
 
 mod sim;
+mod track;
 mod wan;
 
 use std::io::Write;
@@ -18,6 +19,7 @@ use serde_json::Value;
 use crate::exit::Exit;
 use crate::{files, units};
 use sim::SimArgs;
+use track::TrackArgs;
 use wan::WanArgs;
 
 /// Which benchmark.
@@ -35,6 +37,8 @@ enum Bench {
     Push(PushArgs),
     /// How long a guest freezes in a move over a long path, by its own signs of life
     Wan(Box<WanArgs>),
+    /// What it costs a guest that its writes are tracked
+    Track(TrackArgs),
     /// What a recorded guest would wait for over a link, in virtual time
     Sim(SimArgs),
     /// The source's process of a run, which a run starts by itself
@@ -127,6 +131,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<Exit> {
         Bench::Fault(args) => fault(args),
         Bench::Push(args) => push(args),
         Bench::Wan(args) => wan::wan(args),
+        Bench::Track(args) => track::track(args),
         Bench::Sim(args) => sim::sim(args),
         Bench::Source => {
             lazyvm_benches::source::run()?;

@@ -82,6 +82,8 @@ mod tests {
             "status s --json",
             "bench fault --size 256M --faults 5000 --rtt 0ms --rate 0 --loss 0% --push on --json -",
             "bench push --size 1G --content mixed --json f --html h",
+            "bench wan --guest qemu --snapshot --memory 2G",
+            "bench track --guest qemu --memory 512M --every 1s --json -",
             "bench wan --mode stop --rtt 100ms --rate 1gbit --loss 0.1% --memory 512M --guest qemu --compare qemu",
             "man",
             "completions bash",

@@ -106,6 +106,7 @@ pub fn snapshot(args: &SnapshotArgs) -> anyhow::Result<Exit> {
         snapshot = %taken.id,
         pause_us = taken.pause.as_micros() as u64,
         pages_paused = taken.pages_paused,
+        tracked = taken.tracked,
         rounds = taken.rounds,
         file_bytes = taken.manifest.memory_bytes,
         has_base = taken.manifest.base.is_some(),

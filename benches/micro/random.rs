@@ -17,6 +17,11 @@ impl Random {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
+    /// One of the numbers below `bound`.
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+
     /// Bytes that no two pages share.
     pub fn bytes(&mut self, length: usize) -> Vec<u8> {
         std::iter::repeat_with(|| self.next().to_le_bytes())
@@ -29,7 +34,7 @@ impl Random {
     pub fn order(&mut self, count: u64) -> Vec<u64> {
         let mut order: Vec<u64> = (0..count).collect();
         for number in (1..order.len()).rev() {
-            order.swap(number, (self.next() % (number as u64 + 1)) as usize);
+            order.swap(number, self.below(number + 1));
         }
         order
     }

@@ -14,6 +14,7 @@ pub mod push;
 pub mod sim;
 pub mod source;
 mod sys;
+pub mod track;
 pub mod wan;
 
 pub use error::BenchError;

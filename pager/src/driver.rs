@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use lazyvm_quic::{ControlStreamError, close_code, describe};
 use lazyvm_wire::control::{
-    CONTROL_MAX, Rejection, Switchover, ToDestination, ToSource, short_text, switchover_max,
+    Rejection, Switchover, ToDestination, ToSource, short_text, switchover_max,
 };
 use lazyvm_wire::held::{self, HeldError};
 use lazyvm_wire::{Layout, PageMap, PageMapError, PageRange};
 use quinn::Connection;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::MissedTickBehavior;
 
 use crate::connect::{ConnectError, Credentials, Link, connect_bulk, connect_fault};
@@ -87,6 +87,12 @@ pub(crate) struct Driver {
     pub stage: Arc<StageCell>,
     pub statistics: Arc<Statistics>,
     pub bulk_lane: Handle,
+    /// The bulk lane's first connection, which is made beside the fault lane's.
+    pub bulk_ahead: Option<JoinHandle<Result<Link, ConnectError>>>,
+    /// Pages of the machine that is offered.
+    pub offered_pages: u64,
+    /// A switchover that came before there was anything to take it.
+    pub ahead: Option<Arc<Switchover>>,
     pub handover: Handover,
     pub core: Option<Arc<Core>>,
     pub unplaced: Option<Unplaced>,
@@ -158,13 +164,7 @@ impl Driver {
         progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let core = self.core.clone();
-            let pages = match (&core, &self.unplaced) {
-                (Some(core), _) => Some(core.layout.pages()),
-                (None, unplaced) => unplaced
-                    .as_ref()
-                    .map(|unplaced| unplaced.intake.layout.pages()),
-            };
-            let limit = pages.map_or(CONTROL_MAX, switchover_max);
+            let limit = switchover_max(self.offered_pages);
             let event = tokio::select! {
                 message = link.receiver.recv(limit) => self.on_message(message?, &link, &mut lanes)?,
                 command = self.commands.recv(), if !self.alone => {
@@ -209,7 +209,7 @@ impl Driver {
                 core.count_bytes_of(&link.connection);
                 self.core = Some(core.clone());
                 self.open_bulk(&core, lanes).await?;
-                Event::Prepared
+                return self.prepared(link, lanes);
             }
             Some(Command::Ask(layout, shelf)) => {
                 let memory = watch::Sender::new(None);
@@ -225,7 +225,7 @@ impl Driver {
                     switchover: None,
                 });
                 self.open_bulk_unplaced(lanes).await?;
-                Event::Prepared
+                return self.prepared(link, lanes);
             }
             Some(Command::Place(core)) => {
                 self.place(&core, link, lanes)?;
@@ -248,6 +248,20 @@ impl Driver {
         }))
     }
 
+    /// Asks for the machine, unless it has come already.
+    fn prepared(
+        &mut self,
+        link: &Link,
+        lanes: &mut JoinSet<String>,
+    ) -> Result<Option<Event>, Lost> {
+        let Some(switchover) = self.ahead.take() else {
+            return Ok(Some(Event::Prepared));
+        };
+        self.handover.handle(Event::Prepared);
+        self.switch(switchover, link, lanes)?;
+        Ok(None)
+    }
+
     /// The event for a refusal: of the offer before the switchover, of the state after it. Later it has no effect.
     fn refusal(&self, reason: String) -> Event {
         match self.handover.phase() {
@@ -264,28 +278,13 @@ impl Driver {
     ) -> Result<Option<Event>, Lost> {
         match message {
             ToDestination::Switchover(switchover) => {
-                if *self.handover.phase() != Phase::Asking {
-                    return Ok(None);
-                }
-                let switchover = Arc::from(switchover);
-                if let Some(core) = self.core.clone() {
-                    self.take_over(&core, &switchover)?;
-                    spawn_demand(&core, link, lanes);
-                } else if let Some(unplaced) = &mut self.unplaced {
-                    // Only a map that can be read is worth the machine.
-                    PageMap::decode(&switchover.page_map, unplaced.intake.layout.pages())?;
-                    unplaced.switchover = Some(switchover.clone());
-                } else {
-                    return Ok(None);
-                }
-                self.handover.handle(Event::Switchover);
-                if let Some(core) = self.core.clone().filter(|_| switchover.wait) {
-                    self.waiting = Some(switchover);
-                    // The verifier is among what is waited for.
-                    self.note_zeros();
-                    self.map_held(&core);
-                } else {
-                    self.stage.set(Stage::Switched(switchover));
+                match self.handover.phase() {
+                    Phase::Asking => self.switch(Arc::from(switchover), link, lanes)?,
+                    Phase::Preparing => {
+                        self.handover.handle(Event::Switchover);
+                        self.ahead = Some(Arc::from(switchover));
+                    }
+                    _ => {}
                 }
                 Ok(None)
             }
@@ -304,6 +303,35 @@ impl Driver {
             }
             ToDestination::Welcome(_) | ToDestination::Joined => Ok(None),
         }
+    }
+
+    /// The machine is this side's.
+    fn switch(
+        &mut self,
+        switchover: Arc<Switchover>,
+        link: &Link,
+        lanes: &mut JoinSet<String>,
+    ) -> Result<(), Lost> {
+        if let Some(core) = self.core.clone() {
+            self.take_over(&core, &switchover)?;
+            spawn_demand(&core, link, lanes);
+        } else if let Some(unplaced) = &mut self.unplaced {
+            // Only a map that can be read is worth the machine.
+            PageMap::decode(&switchover.page_map, unplaced.intake.layout.pages())?;
+            unplaced.switchover = Some(switchover.clone());
+        } else {
+            return Ok(());
+        }
+        self.handover.handle(Event::Switchover);
+        if let Some(core) = self.core.clone().filter(|_| switchover.wait) {
+            self.waiting = Some(switchover);
+            // The verifier is among what is waited for.
+            self.note_zeros();
+            self.map_held(&core);
+        } else {
+            self.stage.set(Stage::Switched(switchover));
+        }
+        Ok(())
     }
 
     /// Takes the page map in: what it does not name is zero.
@@ -396,7 +424,14 @@ impl Driver {
         Ok(())
     }
 
-    async fn connect_bulk(&self) -> Result<Link, Lost> {
+    async fn connect_bulk(&mut self) -> Result<Link, Lost> {
+        // An older source turns away one that comes before the fault lane.
+        if let Some(ahead) = self.bulk_ahead.take()
+            && let Ok(Ok(link)) = ahead.await
+            && link.connection.close_reason().is_none()
+        {
+            return Ok(link);
+        }
         let connecting = self.bulk_lane.spawn(connect_bulk(self.credentials.clone()));
         connecting
             .await
@@ -405,7 +440,11 @@ impl Driver {
     }
 
     /// Opens the bulk lane and takes in what comes on it.
-    async fn open_bulk(&self, core: &Arc<Core>, lanes: &mut JoinSet<String>) -> Result<(), Lost> {
+    async fn open_bulk(
+        &mut self,
+        core: &Arc<Core>,
+        lanes: &mut JoinSet<String>,
+    ) -> Result<(), Lost> {
         let link = self.connect_bulk().await?;
         core.count_bytes_of(&link.connection);
         self.run_bulk(Intake::of(core), link, lanes);

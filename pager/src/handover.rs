@@ -8,6 +8,9 @@
 //!    Failed                Failed                 Refusing --Released--> Failed
 //! ```
 //!
+//! A machine that stands still anyway may come before it is asked for: its switchover is kept until this side is prepared,
+//! which then loads it at once.
+//!
 //! Up to [`Action::SendReady`] a lost connection ends the attempt: the machine runs at the source. From there on it may
 //! be this side's to run, or to refuse, so this side comes back until it has been told.
 
@@ -93,12 +96,15 @@ pub enum Action {
 #[derive(Debug)]
 pub struct Handover {
     phase: Phase,
+    /// The switchover came before this side was prepared.
+    ahead: bool,
 }
 
 impl Default for Handover {
     fn default() -> Self {
         Self {
             phase: Phase::Preparing,
+            ahead: false,
         }
     }
 }
@@ -117,6 +123,11 @@ impl Handover {
     /// Takes an event and says what to do. An event that has no place in the phase changes nothing.
     pub fn handle(&mut self, event: Event) -> Vec<Action> {
         let (phase, actions) = match (&self.phase, event) {
+            (Phase::Preparing, Event::Switchover) => {
+                self.ahead = true;
+                return vec![];
+            }
+            (Phase::Preparing, Event::Prepared) if self.ahead => (Phase::Loading, vec![]),
             (Phase::Preparing, Event::Prepared) => (Phase::Asking, vec![Action::SendReady]),
             (Phase::Preparing, Event::CannotPrepare(reason)) => (
                 Phase::Failed(Failure::Refused(reason.clone())),
@@ -205,6 +216,22 @@ mod tests {
             assert_eq!(handover.handle(event), actions);
         }
         assert_eq!(*handover.phase(), Phase::Done);
+    }
+
+    #[test]
+    fn a_switchover_that_comes_first_is_loaded_when_this_side_is_prepared() {
+        let mut handover = in_phase(&[Event::Switchover]);
+        assert!(!handover.may_start());
+        assert_eq!(*handover.phase(), Phase::Preparing);
+        assert_eq!(handover.handle(Event::Prepared), vec![]);
+        assert!(handover.may_start());
+        let mut handover = in_phase(&[Event::Switchover]);
+        let refused = handover.handle(Event::CannotPrepare("no".into()));
+        assert_eq!(refused, vec![Action::SendRefused("no".into())]);
+        assert!(!handover.may_start());
+        let mut handover = in_phase(&[Event::Switchover, Event::LinkLost]);
+        assert_eq!(handover.handle(Event::Prepared), vec![]);
+        assert!(!handover.may_start());
     }
 
     #[test]

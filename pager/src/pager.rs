@@ -14,7 +14,7 @@ use lazyvm_wire::trust::{Identity, TrustError};
 use lazyvm_wire::{Layout, MachineOffer, PageIndex, Ticket};
 use tokio::sync::mpsc;
 
-use crate::connect::{ConnectError, Credentials, connect_fault};
+use crate::connect::{ConnectError, Credentials, connect_bulk, connect_fault};
 use crate::core::{Core, LocalReader, Supply};
 use crate::demand::RequestQueue;
 use crate::driver::{Command, Driver};
@@ -111,12 +111,17 @@ pub fn connect(ticket: &Ticket, options: Options) -> Result<Offer, PagerError> {
     let bulk_lane = LaneThread::start("bulk-lane", Urgency::Bulk).map_err(PagerError::Thread)?;
     let (commands, receiver) = mpsc::unbounded_channel();
     let stage = Arc::new(StageCell::new());
-    let driver = Driver {
+    // Its handshake need not wait for the other one's.
+    let bulk = bulk_lane.handle().spawn(connect_bulk(credentials.clone()));
+    let mut driver = Driver {
         credentials: credentials.clone(),
         commands: receiver,
         stage: stage.clone(),
         statistics: statistics.clone(),
         bulk_lane: bulk_lane.handle().clone(),
+        bulk_ahead: Some(bulk),
+        offered_pages: 0,
+        ahead: None,
         handover: Handover::default(),
         core: None,
         unplaced: None,
@@ -129,6 +134,7 @@ pub fn connect(ticket: &Ticket, options: Options) -> Result<Offer, PagerError> {
     fault_lane.handle().spawn(async move {
         match connect_fault(&credentials).await {
             Ok((link, welcome)) => {
+                driver.offered_pages = welcome.layout.pages();
                 if answer.send(Ok(welcome)).is_ok() {
                     driver.run(link).await;
                 }

@@ -11,11 +11,12 @@ use lazyvm_quic::{
     control_stream,
 };
 use lazyvm_wire::control::{HELLO_MAX, Hello, Lane, Rejection, ToDestination};
+use lazyvm_wire::ledger::{SUPPORTED, SWITCHOVER_AHEAD, Version};
 use lazyvm_wire::trust::{Fingerprint, Identity};
 use lazyvm_wire::{Secret, SessionId, Ticket};
 use quinn::rustls::pki_types::CertificateDer;
 use quinn::{Connection, Incoming, ServerConfig, TokioRuntime};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::fleet::{Fleet, FleetConfig};
 use crate::handover::{Event, Phase};
@@ -33,6 +34,9 @@ const HANDSHAKES_FREE: usize = 16;
 
 /// Time for a peer to end the handshake and to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Time for a destination's fault lane to be let in after its bulk lane has come.
+const FAULT_LANE_WITHIN: Duration = Duration::from_secs(5);
 
 /// An endpoint that can't be set up, or a session that can't be added.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +94,8 @@ struct Shared {
     fleets: DashMap<SessionId, Arc<Fleet>>,
     /// One permit a connection.
     connections: Arc<Semaphore>,
+    /// A destination's fault lane was let in.
+    joined: Notify,
 }
 
 /// A machine for many destinations, as its owner sees it.
@@ -129,6 +135,7 @@ impl Server {
             sessions: DashMap::new(),
             fleets: DashMap::new(),
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            joined: Notify::new(),
         });
         let lane = |lane, config, socket| LaneEndpoint::start(lane, config, socket, shared.clone());
         let fault = lane(Lane::Fault, configs.fault, fault_socket)?;
@@ -341,6 +348,36 @@ async fn accept(shared: Arc<Shared>, endpoint: quinn::Endpoint) {
 impl Shared {
     /// The session that a hello is for: the ticket's own, or the peer's of a fleet.
     fn session_for(&self, hello: &Hello, peer: Fingerprint) -> Result<Arc<Session>, Rejection> {
+        let session = self.find(hello, peer)?;
+        session.admit(hello, peer)?;
+        Ok(session)
+    }
+
+    /// The same; a bulk lane may come before its fault lane, and waits for that. Who has no secret does not wait.
+    async fn admit(&self, hello: &Hello, peer: Fingerprint) -> Result<Arc<Session>, Rejection> {
+        let until = tokio::time::Instant::now() + FAULT_LANE_WITHIN;
+        loop {
+            let joined = self.joined.notified();
+            tokio::pin!(joined);
+            // Registered before the look, so that one that comes in between is not lost.
+            joined.as_mut().enable();
+            match self.session_for(hello, peer) {
+                Err(Rejection::Protocol(_)) if hello.lane == Lane::Bulk => {
+                    if tokio::time::timeout_at(until, joined).await.is_err() {
+                        return self.session_for(hello, peer);
+                    }
+                }
+                answer => {
+                    if answer.is_ok() && hello.lane == Lane::Fault {
+                        self.joined.notify_waiters();
+                    }
+                    return answer;
+                }
+            }
+        }
+    }
+
+    fn find(&self, hello: &Hello, peer: Fingerprint) -> Result<Arc<Session>, Rejection> {
         if let Some(session) = self.sessions.get(&hello.session) {
             return Ok(session.value().clone());
         }
@@ -359,6 +396,8 @@ struct Guest {
     session: Arc<Session>,
     lane: Lane,
     connection: Connection,
+    /// Both speak it; none is found only before this guest is one.
+    version: Option<Version>,
     control: (ControlSender, ControlReceiver),
 }
 
@@ -378,12 +417,10 @@ async fn greet(shared: &Shared, incoming: Incoming) -> Result<Guest, String> {
         .await
         .map_err(|error| format!("no hello: {error}"))?;
     // A session that is not known and a wrong secret look the same from outside.
-    let admitted = shared
-        .session_for(&hello, peer)
-        .and_then(|session| session.admit(&hello, peer).map(|()| session));
+    let admitted = shared.admit(&hello, peer).await;
     let answer = match &admitted {
         Ok(session) if hello.lane == Lane::Fault => session.welcome(&hello).map_or(
-            ToDestination::Rejected(Rejection::Version(lazyvm_wire::ledger::SUPPORTED)),
+            ToDestination::Rejected(Rejection::Version(SUPPORTED)),
             |welcome| ToDestination::Welcome(Box::new(welcome)),
         ),
         Ok(_) => ToDestination::Joined,
@@ -403,6 +440,7 @@ async fn greet(shared: &Shared, incoming: Incoming) -> Result<Guest, String> {
                 session,
                 lane: hello.lane,
                 connection,
+                version: hello.versions.newest_common(SUPPORTED),
                 control: (sender, receiver),
             })
         }
@@ -420,10 +458,14 @@ impl Guest {
             session,
             lane,
             connection,
+            version,
             control: (sender, receiver),
         } = self;
         match lane {
-            Lane::Fault => fault::converse(&session, &connection, sender, receiver).await,
+            Lane::Fault => {
+                let ahead = version >= Some(SWITCHOVER_AHEAD);
+                fault::converse(&session, &connection, ahead, sender, receiver).await;
+            }
             Lane::Bulk => serve_bulk(&session, &connection).await,
         }
         session.detach(lane, &connection);

@@ -19,10 +19,12 @@ use crate::warm_up::warm_up;
 /// Time for a destination that was told all to close its connection.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// Holds the conversation with the session's destination until it is over or the connection is lost.
+/// Holds the conversation with the session's destination until it is over or the connection is lost. With `ahead`, the
+/// destination takes a switchover before it is ready.
 pub(crate) async fn converse(
     session: &Arc<Session>,
     connection: &Connection,
+    ahead: bool,
     mut sender: ControlSender,
     mut receiver: ControlReceiver,
 ) {
@@ -32,8 +34,9 @@ pub(crate) async fn converse(
         session,
         connection,
         sender: &mut sender,
+        is_sent: false,
     };
-    let end = conversation.run(&mut receiver).await;
+    let end = conversation.run(&mut receiver, ahead).await;
     match end {
         Ok(()) => {
             sender.finish().await;
@@ -49,6 +52,7 @@ pub(crate) async fn converse(
                 session,
                 connection,
                 sender: &mut sender,
+                is_sent: false,
             };
             // Nobody is there to be told; what is to be done to the machine is done.
             let _ = conversation.take(Event::PeerLost).await;
@@ -65,13 +69,26 @@ struct Conversation<'a> {
     session: &'a Arc<Session>,
     connection: &'a Connection,
     sender: &'a mut ControlSender,
+    /// The switchover was sent over this connection.
+    is_sent: bool,
 }
 
 impl Conversation<'_> {
-    async fn run(&mut self, receiver: &mut ControlReceiver) -> Result<(), ControlStreamError> {
+    async fn run(
+        &mut self,
+        receiver: &mut ControlReceiver,
+        ahead: bool,
+    ) -> Result<(), ControlStreamError> {
         let limit = to_source_max(self.session.config.machine.layout().pages());
         // Dropped with the conversation, which ends it.
         let mut warming = JoinSet::new();
+        let at_once = ahead && self.session.config.machine.stands_still();
+        if at_once && self.session.phase() == Phase::Offered {
+            self.take(Event::Ready).await?;
+            if let Phase::Ended(_) = self.session.phase() {
+                return Ok(());
+            }
+        }
         loop {
             let message: ToSource = tokio::select! {
                 message = receiver.recv(limit) => message?,
@@ -88,6 +105,8 @@ impl Conversation<'_> {
                 }
             };
             let event = match message {
+                // Its answer was on the way.
+                ToSource::Ready { .. } if self.is_sent => continue,
                 ToSource::Ready { .. } if !self.session.has_bulk_lane() => {
                     let rejection = Rejection::Protocol("ready without a bulk lane".to_owned());
                     return self.sender.send(&ToDestination::Rejected(rejection)).await;
@@ -212,6 +231,7 @@ impl Conversation<'_> {
         self.sender
             .send(&ToDestination::Switchover(switchover))
             .await?;
+        self.is_sent = true;
         // While the switchover is on its way; the word that the machine runs must not wait for it.
         let session = self.session.clone();
         tokio::spawn(async move {

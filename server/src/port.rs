@@ -36,6 +36,12 @@ pub trait SourceMachine: Send + Sync {
     /// The memory, valid until [`SourceMachine::release`].
     fn memory(&self) -> Arc<dyn SourceMemory>;
 
+    /// Whether it stands still anyway, and pausing it changes nothing (a snapshot): then it is handed over before the
+    /// destination says that it is ready, which saves a round trip.
+    fn stands_still(&self) -> bool {
+        false
+    }
+
     /// What finds out which pages the machine needs first where it goes on; `None` where nobody knows.
     fn scout(&self) -> Option<Box<dyn Scout>> {
         None

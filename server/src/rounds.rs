@@ -1,4 +1,5 @@
-//! How long memory is sent ahead of the pause. Pure logic: the caller tells what each round left, and hears what to do.
+//! How long memory is sent, or written to a snapshot, ahead of the pause. Pure logic: the caller tells what each round left,
+//! and hears what to do.
 //!
 //! A round ends when all that was to go has gone. What the machine wrote meanwhile is the *residual*. Another round pays while
 //! it makes the residual smaller: what is left at the pause is what the guest may have to wait for, or, in
@@ -40,7 +41,7 @@ impl Mode {
     }
 }
 
-/// A residual that the path carries in this time is small: less is written anew meanwhile.
+/// A residual that is copied in this time is small: less is written anew meanwhile.
 const SMALL: Duration = Duration::from_millis(20);
 
 /// A round pays that leaves less than this part of what the one before has left.
@@ -59,7 +60,8 @@ pub struct Round {
     pub elapsed: Duration,
     /// Pages that were written after they had gone.
     pub residual_pages: u64,
-    /// What the path carries.
+    /// How fast the residual is copied: what the path carries; for a snapshot, which keeps it in memory until the machine
+    /// runs on, how fast that is read.
     pub bytes_per_s: f64,
     /// There can be another round.
     pub more: bool,
@@ -76,7 +78,7 @@ pub enum Verdict {
     GiveUp(String),
 }
 
-/// Judges the rounds of one move.
+/// Judges the rounds of one move, or of one snapshot.
 #[derive(Clone, Debug)]
 pub struct Judge {
     mode: Mode,
@@ -89,6 +91,12 @@ pub struct Judge {
 }
 
 impl Judge {
+    /// For a snapshot that begins. Its machine stands still while the residual is copied to memory; that has no alternative,
+    /// so the judge never gives up, as in a hybrid move.
+    pub fn of_snapshot() -> Self {
+        Self::new(Mode::Hybrid, None, Duration::ZERO)
+    }
+
     /// For a move that begins.
     pub fn new(mode: Mode, time_limit: Option<Duration>, downtime_limit: Duration) -> Self {
         Self {

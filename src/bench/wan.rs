@@ -25,6 +25,10 @@ pub struct WanArgs {
     path: PathArgs,
     #[command(flatten)]
     guest: GuestArgs,
+    /// Resume it from a snapshot instead of moving it: first without a profile of earlier resumes, then with what the first
+    /// one has recorded. Times count as if it had been paused at the order to resume; --mode has no part in it
+    #[arg(long)]
+    snapshot: bool,
     /// Whose own migration it is compared with, over the same path in the same run
     #[arg(long, default_value = "none")]
     compare: Peer,
@@ -103,11 +107,20 @@ struct GuestArgs {
 
 /// What is moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Guest {
+pub enum Guest {
     /// The bundled payload in the built-in monitor
     Payload,
     /// A Linux guest in QEMU
     Qemu,
+}
+
+impl From<Guest> for wan::guest::Guest {
+    fn from(guest: Guest) -> Self {
+        match guest {
+            Guest::Payload => Self::Payload,
+            Guest::Qemu => Self::Qemu,
+        }
+    }
 }
 
 /// Whose own migration is compared with.
@@ -140,10 +153,7 @@ impl WanArgs {
             lazyvm: std::env::current_exe().context("can't tell where this program is")?,
             path: self.path.config(),
             blackout: self.path.blackout_at.zip(self.path.blackout_for),
-            guest: match self.guest.guest {
-                Guest::Payload => wan::guest::Guest::Payload,
-                Guest::Qemu => wan::guest::Guest::Qemu,
-            },
+            guest: self.guest.guest.into(),
             memory_bytes: self.guest.memory,
             workload: Workload {
                 fill_bytes: self.guest.fill.unwrap_or(default.fill_bytes),
@@ -152,6 +162,7 @@ impl WanArgs {
             },
             kernel: self.guest.kernel.clone(),
             mode: self.mode.into(),
+            snapshot: self.snapshot,
             compare_qemu: self.compare == Peer::Qemu,
             runs: self.runs,
             within: self.within,
@@ -184,7 +195,8 @@ pub fn wan(args: &WanArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-fn exit(error: &WanError) -> Option<Exit> {
+/// The exit code of what the rig's user can change.
+pub fn exit(error: &WanError) -> Option<Exit> {
     match error {
         WanError::Asked(_) => Some(Exit::Usage),
         WanError::NotRoot

@@ -8,6 +8,7 @@ mod ahead;
 mod common;
 mod peer;
 mod refusals;
+mod snapshots;
 mod source;
 mod sys;
 

@@ -8,6 +8,11 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+// What is compared is the same for every monitor.
+#[path = "../../vmm-glue/tests/common/at_pause.rs"]
+mod at_pause;
+#[path = "../../vmm-glue/tests/common/copy.rs"]
+mod copy;
 mod guest;
 mod hosts;
 mod images;
@@ -16,5 +21,6 @@ mod load;
 mod modes;
 mod moves;
 mod refusals;
+mod snapshots;
 mod surroundings;
 mod tracker;

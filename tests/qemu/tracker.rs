@@ -1,17 +1,15 @@
 //! Which pages a running QEMU writes, as the source's tracker tells: who copies all memory and then what is reported has
 //! the RAM byte for byte in the end.
 
-use std::fs::{self, File};
-use std::path::Path;
-use std::sync::Arc;
+use std::fs::File;
 use std::time::Duration;
 
-use lazyvm_server::port::{DirtyTracker, SourceMachine, SourceMemory};
+use lazyvm_server::port::SourceMachine;
 use lazyvm_vmm_glue::qemu::Source;
-use lazyvm_wire::{PageIndex, PageRange};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::common::wait_for;
+use crate::copy::Copy;
 use crate::guest::{Qemus, Shape, can_move};
 use crate::load::devices;
 use crate::surroundings::set_balloon;
@@ -23,50 +21,6 @@ const SHAPE: Shape = Shape {
 };
 
 const DISK_BYTES: u64 = 16 << 20;
-
-/// A reader's copy of the RAM.
-struct Copy {
-    memory: Arc<dyn SourceMemory>,
-    bytes: Vec<u8>,
-}
-
-impl Copy {
-    fn of(source: &Source) -> Self {
-        let layout = source.layout();
-        let mut copy = Self {
-            memory: source.memory(),
-            bytes: vec![0; layout.bytes() as usize],
-        };
-        copy.read(PageRange::new(PageIndex(0), layout.pages()));
-        copy
-    }
-
-    fn read(&mut self, range: PageRange) {
-        let start = range.first.byte_offset() as usize;
-        let part = &mut self.bytes[start..start + range.bytes() as usize];
-        self.memory.read(range, part).unwrap();
-    }
-
-    /// Copies what is reported; gives how many pages that was.
-    fn collect(&mut self, tracker: &mut dyn DirtyTracker) -> u64 {
-        let mut ranges = Vec::new();
-        tracker.collect(&mut |range| ranges.push(range)).unwrap();
-        for &range in &ranges {
-            self.read(range);
-        }
-        ranges.iter().map(|range| range.count).sum()
-    }
-
-    fn assert_is(&self, ram: &Path) {
-        let now = fs::read(ram).unwrap();
-        let differ = now.chunks(4096).zip(self.bytes.chunks(4096)).enumerate();
-        let differ: Vec<_> = differ
-            .filter(|(_, (now, copied))| now != copied)
-            .map(|(page, _)| page)
-            .collect();
-        assert!(differ.is_empty(), "pages {differ:?} were changed unseen");
-    }
-}
 
 /// A guest that works on its memory, its disk and its network, while a scout drops QEMU's page-table entries.
 #[test]
@@ -87,6 +41,7 @@ fn what_a_tracker_reports_is_all_that_is_written() {
     );
     let _qemu = qemus.start("a");
     let source = Source::connect(&qemus.qmp("a")).unwrap();
+    let ram = File::open(qemus.ram().join("a")).unwrap();
     let mut tracker = source.tracker().unwrap();
     let mut scout = source.scout().unwrap();
     tracker.start().unwrap();
@@ -110,10 +65,10 @@ fn what_a_tracker_reports_is_all_that_is_written() {
     source.prepare_pause().unwrap();
     source.pause().unwrap();
     let last = copy.collect(&mut *tracker);
-    copy.assert_is(&qemus.ram().join("a"));
+    copy.assert_is(&ram);
     // Nobody writes any more; what the balloon has left as holes is told again.
     copy.collect(&mut *tracker);
-    copy.assert_is(&qemus.ram().join("a"));
+    copy.assert_is(&ram);
     assert!(reported > 0 && last < source.layout().pages());
     eprintln!("{test}: {reported} pages reported while the guest ran, {last} after the pause");
     tracker.stop().unwrap();
@@ -133,6 +88,7 @@ fn holes_where_pages_were_clean_are_reported() {
     qemus.devices = "-device virtio-balloon-pci".to_owned();
     let _qemu = qemus.start("a");
     let ram = qemus.ram().join("a");
+    let file = File::options().read(true).write(true).open(&ram).unwrap();
     let source = Source::connect(&qemus.qmp("a")).unwrap();
     let mut tracker = source.tracker().unwrap();
     tracker.start().unwrap();
@@ -140,14 +96,13 @@ fn holes_where_pages_were_clean_are_reported() {
     source.prepare_pause().unwrap();
     source.pause().unwrap();
     copy.collect(&mut *tracker);
-    copy.assert_is(&ram);
+    copy.assert_is(&file);
     // All is clean but what is a hole already.
     copy.collect(&mut *tracker);
-    let file = File::options().write(true).open(&ram).unwrap();
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     fallocate(&file, flags, 0, (SHAPE.memory_mib << 20) as i64).unwrap();
     copy.collect(&mut *tracker);
-    copy.assert_is(&ram);
+    copy.assert_is(&file);
 }
 
 /// A process that maps the RAM after the start writes unseen.

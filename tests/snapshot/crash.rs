@@ -39,7 +39,7 @@ fn killed_at_any_instant_it_leaves_the_old_one_or_the_new_one() {
     eprintln!("{replaced} of {KILLS} snapshots were complete before they were killed");
     // The next one removes what the others left, and lets a machine run on that was left standing.
     take(&home, "a", "snap", &[]);
-    assert_eq!(std::fs::read_dir(home.path("snap")).unwrap().count(), 4);
+    assert_eq!(std::fs::read_dir(home.path("snap")).unwrap().count(), 5);
     home.wait_ticks("a", 3);
     home.assert_unbroken(&["a"]);
 }

@@ -28,7 +28,6 @@ fn every_file_flipped_and_cut_anywhere_is_refused_by_name() {
         return;
     }
     let home = Home::new();
-    // One that stands still has no chunk written twice, so every byte of the files is in use.
     let mut run = home.run("a", "8M", &["--fill", "1M", "--hot", "64K"]);
     home.wait_ticks("a", 2);
     take(&home, "a", "snap", &[]);
@@ -36,11 +35,20 @@ fn every_file_flipped_and_cut_anywhere_is_refused_by_name() {
     run.end();
     read_all(&home).unwrap();
     let snapshot = Snapshot::open(&home.path("snap")).unwrap();
-    for path in files(&home) {
+    // Damaged profiles are ignored.
+    let is_needed = |path: &PathBuf| {
+        !path
+            .file_name()
+            .unwrap()
+            .to_string_lossy()
+            .starts_with("profile-")
+    };
+    for path in files(&home).into_iter().filter(is_needed) {
         let whole = fs::read(&path).unwrap();
         let step = (whole.len() / 97).max(1);
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         for at in (0..whole.len()).step_by(step).chain([whole.len() - 1]) {
+            // A chunk that the VM wrote again lies behind its first copy, whose bytes nobody reads any more.
             let is_used = !name.starts_with("memory-")
                 || at < 32
                 || snapshot.entries().iter().any(|entry| {
@@ -53,12 +61,11 @@ fn every_file_flipped_and_cut_anywhere_is_refused_by_name() {
                         Place::Base => false,
                     }
                 });
-            let header_gap = name.starts_with("memory-") && !is_used;
             let mut damaged = whole.clone();
             damaged[at] ^= 0x10;
             fs::write(&path, &damaged).unwrap();
             let flipped = read_all(&home);
-            if header_gap {
+            if !is_used {
                 flipped.unwrap();
             } else {
                 let error = flipped.unwrap_err().to_string();

@@ -5,6 +5,7 @@
 mod common;
 mod crash;
 mod damage;
+mod profile;
 mod serving;
 
 use std::io::{BufRead, BufReader};
@@ -31,10 +32,16 @@ pub fn take(home: &Home, vm: &str, dir: &str, flags: &[&str]) -> String {
 
 /// `lazyvm serve --snapshot`, and the ticket that it prints.
 pub fn serve(home: &Home, name: &str, dir: &str) -> (Program, String) {
+    serve_with(home, name, dir, &[])
+}
+
+/// The same with more flags.
+pub fn serve_with(home: &Home, name: &str, dir: &str, flags: &[&str]) -> (Program, String) {
     let mut command = lazyvm();
     command
         .args(["serve", "--listen", "127.0.0.1:0", "--snapshot"])
-        .arg(home.path(dir));
+        .arg(home.path(dir))
+        .args(flags);
     let mut program = home.start(name, command.stdout(Stdio::piped()));
     let mut ticket = String::new();
     BufReader::new(program.stdout())

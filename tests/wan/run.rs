@@ -75,6 +75,21 @@ fn a_payload_over_a_path_with_a_blackout() {
 }
 
 #[test]
+fn a_snapshot_is_resumed_twice() {
+    let test = "a_snapshot_is_resumed_twice";
+    if !is_root(test) || !can_move(test) {
+        return;
+    }
+    let home = Home::new();
+    let json = bench(&home, "--memory 64M --snapshot");
+    assert!(json["snapshot_pause_us"].as_u64() > Some(0), "{json}");
+    for figures in [&json, &json["profiled"]] {
+        assert_figures(figures);
+        assert!(figures["first_sign_ms"].as_f64() > Some(0.0), "{figures}");
+    }
+}
+
+#[test]
 fn a_linux_guest_beside_qemus_own_migration() {
     let test = "a_linux_guest_beside_qemus_own_migration";
     if !is_root(test) || !has_kernel(test) {
@@ -97,6 +112,7 @@ fn what_does_not_go_together_is_told() {
         ("--memory 64M --fill 64M", "can fill"),
         ("--memory 64M --hot 1K", "at least 1M"),
         ("--runs 0", "at least one"),
+        ("--guest qemu --compare qemu --snapshot", "no snapshot"),
         ("--blackout-at 1s", "--blackout-for"),
     ] {
         let home = Home::new();

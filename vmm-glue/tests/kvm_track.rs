@@ -8,47 +8,12 @@
 
 mod common;
 
-use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::time::Duration;
 
+use common::copy::Copy;
 use common::{Home, has_kvm};
-use lazyvm_server::port::{DirtyTracker, SourceMachine, SourceMemory};
+use lazyvm_server::port::SourceMachine;
 use lazyvm_vmm_glue::kvm::{RemoteMachine, TouchConfig};
-use lazyvm_wire::{PageIndex, PageRange};
-
-/// A reader's copy of the memory.
-struct Copy {
-    memory: Arc<dyn SourceMemory>,
-    bytes: Vec<u8>,
-}
-
-impl Copy {
-    fn of(remote: &RemoteMachine) -> Self {
-        let mut copy = Self {
-            memory: remote.memory(),
-            bytes: vec![0; remote.layout().bytes() as usize],
-        };
-        copy.read(PageRange::new(PageIndex(0), remote.layout().pages()));
-        copy
-    }
-
-    fn read(&mut self, range: PageRange) {
-        let start = range.first.byte_offset() as usize;
-        let part = &mut self.bytes[start..start + range.bytes() as usize];
-        self.memory.read(range, part).unwrap();
-    }
-
-    /// Copies what is reported; gives how many pages that was.
-    fn collect(&mut self, tracker: &mut dyn DirtyTracker) -> u64 {
-        let mut ranges = Vec::new();
-        tracker.collect(&mut |range| ranges.push(range)).unwrap();
-        for &range in &ranges {
-            self.read(range);
-        }
-        ranges.iter().map(|range| range.count).sum()
-    }
-}
 
 fn follow(cpus: u32) {
     let home = Home::new();
@@ -68,15 +33,7 @@ fn follow(cpus: u32) {
         }
         remote.pause().unwrap();
         let last = copy.collect(&mut *tracker);
-        let mut now = vec![0; copy.bytes.len()];
-        let file = running.machine().memory_file();
-        file.read_exact_at(&mut now, 0).unwrap();
-        let differ = now.chunks(4096).zip(copy.bytes.chunks(4096)).enumerate();
-        let differ: Vec<_> = differ
-            .filter(|(_, (now, copied))| now != copied)
-            .map(|(page, _)| page)
-            .collect();
-        assert!(differ.is_empty(), "pages {differ:?} were written unseen");
+        copy.assert_is(running.machine().memory_file());
         assert_eq!(copy.collect(&mut *tracker), 0, "nobody writes any more");
         assert!(reported > 0 && last < pages, "{reported} {last}");
         eprintln!("{cpus} vCPUs: {reported} pages reported while they ran, {last} after the pause");

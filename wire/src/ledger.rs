@@ -39,7 +39,15 @@ pub const LEDGER: &[Entry] = &[
         changes: "pre-copy: early extents of several rounds, which round's copy holds, a start that waits for all \
                   pages (switchover); version 2 is no longer spoken",
     },
+    Entry {
+        version: SWITCHOVER_AHEAD,
+        changes: "a machine that stands still anyway (a snapshot) is handed over at once: a switchover that does not \
+                  wait for ready. No bytes have changed, and version 3 is spoken still",
+    },
 ];
+
+/// From this version on a destination takes a switchover before it has said that it is ready.
+pub const SWITCHOVER_AHEAD: Version = Version(4);
 
 /// Versions that a side speaks, from `min` to `max`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,7 +61,7 @@ pub struct VersionRange {
 /// What this build speaks.
 pub const SUPPORTED: VersionRange = VersionRange {
     min: Version(3),
-    max: Version(3),
+    max: Version(4),
 };
 
 impl VersionRange {

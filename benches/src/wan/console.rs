@@ -50,6 +50,8 @@ pub struct Console {
 #[derive(Default)]
 struct Shared {
     stop: AtomicBool,
+    /// What there is of a line is to be forgotten.
+    cut: AtomicBool,
     ticks: Mutex<Vec<Tick>>,
     others: Mutex<Vec<String>>,
 }
@@ -91,6 +93,11 @@ impl Console {
         lock(&self.shared.ticks).clone()
     }
 
+    /// Forgets a line that has begun, before anything else is read: who comes next does not go on with it.
+    pub fn cut_line(&self) {
+        self.shared.cut.store(true, Ordering::Relaxed);
+    }
+
     /// What else it said.
     pub fn others(&self) -> String {
         lock(&self.shared.others).join("\n")
@@ -122,6 +129,9 @@ fn read_all(pipes: &[File], shared: &Shared) -> io::Result<()> {
         match poll(&mut polled, PollTimeout::from(LOOK_EVERY_MS)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
+        }
+        if shared.cut.swap(false, Ordering::Relaxed) {
+            line.clear();
         }
         for (moved, mut pipe) in [false, true].into_iter().zip(pipes) {
             while let Ok(length @ 1..) = pipe.read(&mut bytes) {
@@ -176,6 +186,26 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    #[test]
+    fn a_line_that_is_cut_does_not_go_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let console = Console::open(folder.path()).unwrap();
+        let mut pipe = File::options().append(true).open(&console.source).unwrap();
+        pipe.write_all(b"filled\ntick 1 tou").unwrap();
+        while console.others().is_empty() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        console.cut_line();
+        // Longer than the reader waits.
+        std::thread::sleep(Duration::from_millis(4 * u64::from(LOOK_EVERY_MS)));
+        pipe.write_all(b"tick 2 touches 9 errors 0\n").unwrap();
+        while console.ticks().is_empty() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(console.ticks()[0].number, 2);
+        assert_eq!(console.others(), "filled");
+    }
 
     #[test]
     fn lines_go_on_from_one_pipe_to_the_other() {

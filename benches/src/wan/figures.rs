@@ -30,6 +30,8 @@ pub struct Sign {
 /// What signs of life tell.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Life {
+    /// The first sign from the destination.
+    pub first_sign_us: i64,
     /// The last sign from the source: from then on the guest stood still or was on its way.
     pub left_at_us: i64,
     /// The longest time without a sign, after the order.
@@ -49,7 +51,7 @@ impl Life {
     pub fn of(signs: &[Sign], end_us: i64) -> Option<Self> {
         let left_at_us = signs.iter().rfind(|sign| !sign.moved)?.at_us;
         let moved: Vec<i64> = signs.iter().filter(|s| s.moved).map(|s| s.at_us).collect();
-        moved.first()?;
+        let first_sign_us = *moved.first()?;
         let speed_before_hz = speed_before_hz(signs)?;
         let wanted = RECOVERED_SHARE * speed_before_hz * STEADY.as_secs_f64();
         let steady_us = STEADY.as_micros() as i64;
@@ -70,6 +72,7 @@ impl Life {
             .chain([end_us - last_us])
             .max()?;
         Some(Self {
+            first_sign_us,
             left_at_us,
             freeze_us,
             recovered_us,
@@ -84,6 +87,23 @@ impl Life {
                 .count() as u64,
         })
     }
+}
+
+/// The signs of a clone that goes on from a pause long ago, as if its guest had been paused at the order: what came from the
+/// guest after that pause is not the clone's, nor is what earlier clones said.
+pub fn of_clone(signs: &[Sign]) -> Vec<Sign> {
+    let moved = signs.iter().filter(|sign| sign.moved && sign.at_us >= 0);
+    let first = moved.clone().map(|sign| sign.number).min();
+    let before: Vec<&Sign> = signs
+        .iter()
+        .filter(|sign| !sign.moved && first.is_none_or(|first| sign.number < first))
+        .collect();
+    let paused_us = before.last().map_or(0, |sign| sign.at_us);
+    let earlier = before.into_iter().map(|sign| Sign {
+        at_us: sign.at_us - paused_us,
+        ..*sign
+    });
+    earlier.chain(moved.copied()).collect()
 }
 
 fn speed_before_hz(signs: &[Sign]) -> Option<f64> {
@@ -101,6 +121,8 @@ fn speed_before_hz(signs: &[Sign]) -> Option<f64> {
 /// QEMU's command `migrate`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Figures {
+    /// Until the workload's first sign of life at the destination.
+    pub first_sign_ms: f64,
     /// The longest gap between two signs of life of the guest's workload, across the move.
     pub freeze_ms: f64,
     /// From the workload's last sign of life at the source until it was back at 80% of its speed there, for half a second;
@@ -179,6 +201,26 @@ mod tests {
         assert_eq!(life.recovered_us, Some(700_000));
         assert!((life.speed_before_hz - 100.0).abs() < 0.5);
         assert_eq!(life.out_of_order, 0);
+    }
+
+    #[test]
+    fn a_clone_goes_on_from_its_snapshot_as_if_that_were_now() {
+        // Paused 5 s before the order when it had said 300; it went on to 700, and an earlier clone was there too.
+        let sign = |ms: i64, moved: bool, number: u64| Sign {
+            at_us: ms * 1000,
+            moved,
+            number,
+        };
+        let guest = (1..=700).map(|n| sign(-8000 + n as i64 * 10, false, n));
+        let other = (301..400).map(|n| sign(-900 + (n as i64 - 301), true, n));
+        let clone = (301..600).map(|n| sign(250 + (n as i64 - 301) * 10, true, n));
+        let signs: Vec<Sign> = guest.chain(other).chain(clone).collect();
+        let life = Life::of(&of_clone(&signs), 3_240_000).unwrap();
+        assert_eq!((life.left_at_us, life.first_sign_us), (0, 250_000));
+        assert_eq!(life.freeze_us, 250_000);
+        assert_eq!(life.recovered_us, Some(250_000));
+        assert_eq!(life.out_of_order, 0);
+        assert!((life.speed_before_hz - 100.0).abs() < 0.5);
     }
 
     #[test]

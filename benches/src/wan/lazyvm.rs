@@ -16,7 +16,7 @@ use super::emulator::SOURCE;
 use super::guest::{Guest, Images};
 use super::peer::kill_listener;
 use super::process::{Process, wait_for};
-use super::trial::{End, Record, Told, Trial};
+use super::trial::{End, Order, Record, Told, Trial};
 use super::{Setup, WanError, lock};
 
 /// Nobody else is in the namespace.
@@ -26,7 +26,7 @@ const STATUS_ADDRESS: &str = "127.0.0.1:9100";
 const SAMPLE_EVERY: Duration = Duration::from_millis(50);
 
 /// How long `serve` may take for its ticket.
-const TICKET_WITHIN: Duration = Duration::from_secs(30);
+pub const TICKET_WITHIN: Duration = Duration::from_secs(30);
 
 /// How long a destination may take to let go of what it listens at.
 const END_WITHIN: Duration = Duration::from_secs(5);
@@ -40,10 +40,34 @@ pub fn run(setup: &Setup, images: Option<&Images>) -> Result<Record, WanError> {
     let _guest = trial.start_guest()?;
     let ticket = trial.file("ticket");
     let mut serve = serve(&trial, setup, &ticket)?;
-    let _qemu = QemuOfResume(trial.socket(End::Destination));
     let order = trial.order()?;
-    let report = trial.file("report.json");
-    let mut resume = resume(&trial, setup, &ticket, &report)?;
+    let (record, _arrived) = resumed(&trial, setup, &ticket, "report", &order)?;
+    wait_for("the end of serve", END_WITHIN, || {
+        Ok(serve.has_ended()?.then_some(()))
+    })?;
+    Ok(record)
+}
+
+/// What has arrived. It ends when this is dropped.
+pub struct Arrived {
+    _resume: Process,
+    _qemu: QemuOfResume,
+}
+
+/// Resumes the guest and watches it; what is called `name` is this one's alone.
+///
+/// # Errors
+/// [`WanError`].
+pub fn resumed(
+    trial: &Trial<'_>,
+    setup: &Setup,
+    ticket: &Path,
+    name: &str,
+    order: &Order,
+) -> Result<(Record, Arrived), WanError> {
+    let qemu = QemuOfResume(trial.socket(End::Destination));
+    let report = trial.file(&format!("{name}.json"));
+    let mut resume = resume(trial, setup, ticket, &report)?;
     let samples = Mutex::new(Vec::new());
     let done = AtomicBool::new(false);
     let (complete_at, report) = thread::scope(|scope| {
@@ -71,11 +95,12 @@ pub fn run(setup: &Setup, images: Option<&Images>) -> Result<Record, WanError> {
         fault_us: report.get("fault_us").cloned(),
         faults_over_time: lock(&samples).clone(),
     };
-    let record = trial.watch(&order, &told, "lazyvm")?;
-    wait_for("the end of serve", END_WITHIN, || {
-        Ok(serve.has_ended()?.then_some(()))
-    })?;
-    Ok(record)
+    let record = trial.watch(order, &told, "lazyvm")?;
+    let arrived = Arrived {
+        _resume: resume,
+        _qemu: qemu,
+    };
+    Ok((record, arrived))
 }
 
 fn serve(trial: &Trial<'_>, setup: &Setup, ticket: &Path) -> Result<Process, WanError> {
@@ -92,12 +117,24 @@ fn serve(trial: &Trial<'_>, setup: &Setup, ticket: &Path) -> Result<Process, Wan
         .args(["--mode", setup.mode.name()])
         .args(&setup.serve_flags);
     let mut serve = trial.start(End::Source, "serve", command)?;
-    serve.wait_for("the ticket", TICKET_WITHIN, || {
+    wait_for_ticket(&mut serve, ticket, TICKET_WITHIN)?;
+    Ok(serve)
+}
+
+/// Waits until `serve` has written its ticket.
+///
+/// # Errors
+/// [`WanError`].
+pub fn wait_for_ticket(
+    serve: &mut Process,
+    ticket: &Path,
+    within: Duration,
+) -> Result<(), WanError> {
+    serve.wait_for("the ticket", within, || {
         Ok(fs::metadata(ticket)
             .is_ok_and(|file| file.len() > 0)
             .then_some(()))
-    })?;
-    Ok(serve)
+    })
 }
 
 fn resume(

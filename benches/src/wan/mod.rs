@@ -3,7 +3,8 @@
 //! The rig is two network namespaces with an emulated wide-area path between them (`emulator`, `queue`). A guest works
 //! at one end and writes a tick for each so much progress; the ticks are stamped when they are read (`console`). lazyvm
 //! moves it as a user would (`lazyvm`); QEMU's own post-copy moves another one of the same kind over the same path
-//! (`peer`). Figures come from the ticks alone (`figures`), so they mean the same for both.
+//! (`peer`). With
+//! `Setup::snapshot` it is resumed from a snapshot instead (`snapshot`). Figures come from the ticks alone (`figures`), so they mean the same for both.
 
 mod chart;
 pub mod console;
@@ -19,6 +20,7 @@ mod peer;
 mod process;
 pub mod queue;
 mod report;
+mod snapshot;
 mod sys;
 pub mod traffic;
 mod trial;
@@ -30,6 +32,7 @@ use std::time::Duration;
 
 pub use error::WanError;
 pub use report::Outcome;
+pub use trial::command;
 
 use guest::{Guest, Images, Workload};
 use peer::Variant;
@@ -54,6 +57,9 @@ pub struct Setup {
     pub kernel: Option<PathBuf>,
     /// How lazyvm moves it.
     pub mode: Mode,
+    /// Whether it is resumed from a snapshot instead of being moved: first without a profile of earlier resumes, then with
+    /// what the first one has recorded.
+    pub snapshot: bool,
     /// Whether QEMU's own post-copy is measured too.
     pub compare_qemu: bool,
     /// How often; medians count.
@@ -81,6 +87,11 @@ pub fn run(setup: &Setup, mut progress: impl FnMut(&str)) -> Result<Outcome, Wan
     let mut outcome = Outcome::new(setup.clone());
     for number in 1..=setup.runs {
         let mut say = |what: &str| progress(&format!("run {number} of {}: {what}", setup.runs));
+        if setup.snapshot {
+            say("resumes from a snapshot");
+            outcome.add_resumes(snapshot::run(setup, images.as_ref())?);
+            continue;
+        }
         say("lazyvm");
         outcome.add_own(lazyvm::run(setup, images.as_ref())?);
         let Some(images) = images.as_ref().filter(|_| setup.compare_qemu) else {
@@ -98,6 +109,10 @@ pub fn run(setup: &Setup, mut progress: impl FnMut(&str)) -> Result<Outcome, Wan
 fn refuse(setup: &Setup) -> Result<(), WanError> {
     if setup.compare_qemu && setup.guest == Guest::Payload {
         let text = "QEMU can't move the bundled payload; compare with --guest qemu";
+        return Err(WanError::Asked(text.to_owned()));
+    }
+    if setup.compare_qemu && setup.snapshot {
+        let text = "QEMU has no snapshot that is resumed over a path while it is read";
         return Err(WanError::Asked(text.to_owned()));
     }
     if setup.runs == 0 {

@@ -106,6 +106,14 @@ impl Process {
         })
     }
 
+    /// Waits until it has ended well.
+    ///
+    /// # Errors
+    /// [`WanError::TooLate`], [`WanError::Ended`].
+    pub fn wait_for_end(&mut self, what: &'static str, within: Duration) -> Result<(), WanError> {
+        wait_for(what, within, || Ok(self.has_ended()?.then_some(())))
+    }
+
     fn ended(&self, status: &str) -> WanError {
         WanError::Ended {
             name: self.name.clone(),

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::Setup;
 use super::figures::median;
 use super::peer::Variant;
+use super::snapshot::Resumes;
 use super::trial::Record;
 use super::{chart, page};
 
@@ -12,6 +13,9 @@ use super::{chart, page};
 pub struct Outcome {
     setup: Setup,
     own: Vec<Record>,
+    /// Resumes from snapshots that had a profile, and what the snapshots' pauses took in microseconds.
+    profiled: Vec<Record>,
+    pauses_us: Vec<u64>,
     peers: Vec<(Variant, Vec<Record>)>,
     peer_version: String,
 }
@@ -34,7 +38,8 @@ const fn row(name: &'static str, path: &'static [&'static str], unit: f64, decim
     }
 }
 
-const ROWS: [Row; 17] = [
+const ROWS: [Row; 18] = [
+    row("first sign of life, ms", &["first_sign_ms"], 1.0, 0),
     row("freeze, ms", &["freeze_ms"], 1.0, 0),
     row("back to 80% of its speed, ms", &["recovered_ms"], 1.0, 0),
     row("total, ms", &["total_ms"], 1.0, 0),
@@ -69,6 +74,8 @@ impl Outcome {
         Self {
             setup,
             own: Vec::new(),
+            profiled: Vec::new(),
+            pauses_us: Vec::new(),
             peers: Vec::new(),
             peer_version: String::new(),
         }
@@ -76,6 +83,12 @@ impl Outcome {
 
     pub(super) fn add_own(&mut self, record: Record) {
         self.own.push(record);
+    }
+
+    pub(super) fn add_resumes(&mut self, resumes: Resumes) {
+        self.pauses_us.push(resumes.pause_us);
+        self.own.push(resumes.first);
+        self.profiled.push(resumes.profiled);
     }
 
     pub(super) fn add_peer(&mut self, variant: Variant, record: Record, version: String) {
@@ -110,6 +123,14 @@ impl Outcome {
         });
         merge(&mut out, medians(&self.own));
         out["single_runs"] = singles(&self.own);
+        out["snapshot"] = json!(self.setup.snapshot);
+        if self.setup.snapshot {
+            let pauses: Vec<Value> = self.pauses_us.iter().map(|&us| json!(us)).collect();
+            out["snapshot_pause_us"] = median(&pauses);
+            let mut profiled = medians(&self.profiled);
+            profiled["single_runs"] = singles(&self.profiled);
+            out["profiled"] = profiled;
+        }
         out["peer"] = Value::Null;
         let mut peers = serde_json::Map::new();
         for (variant, records) in &self.peers {
@@ -149,7 +170,9 @@ impl Outcome {
             .peers
             .iter()
             .map(|(variant, records)| (format!("QEMU {}", variant.name()), medians(records)));
-        [own].into_iter().chain(peers).collect()
+        let profiled = ("with a profile".to_owned(), medians(&self.profiled));
+        let profiled = self.setup.snapshot.then_some(profiled);
+        [own].into_iter().chain(profiled).chain(peers).collect()
     }
 
     /// The medians side by side: the first row names the columns.
@@ -185,6 +208,7 @@ impl Outcome {
     pub fn page(&self) -> String {
         let mut series = Vec::new();
         series.extend(typical(&self.own).map(|record| ("lazyvm".to_owned(), record)));
+        series.extend(typical(&self.profiled).map(|record| ("with a profile".to_owned(), record)));
         for (variant, records) in &self.peers {
             let name = format!("QEMU {}", variant.name());
             series.extend(typical(records).map(|record| (name, record)));

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::console::Console;
 use super::emulator::Emulator;
-use super::figures::{BASELINE, Figures, Life, STEADY, Sign};
+use super::figures::{self, BASELINE, Figures, Life, STEADY, Sign};
 use super::guest::{self, Guest, Images};
 use super::process::{Process, pause, wait_for};
 use super::traffic::{BIN_MS, Traffic};
@@ -23,7 +23,7 @@ const RAM_FOLDER: &str = "/dev/shm";
 const BOOT_WITHIN: Duration = Duration::from_secs(180);
 
 /// How long a guest works before anything is done to it.
-const SETTLE: Duration = Duration::from_millis(1500);
+pub const SETTLE: Duration = Duration::from_millis(1500);
 
 /// How long a guest that has not recovered is watched once all its memory is there.
 const RECOVERY_WITHIN: Duration = Duration::from_secs(10);
@@ -94,6 +94,8 @@ pub struct Record {
 pub struct Order {
     at: Instant,
     before: Traffic,
+    /// A clone is resumed: the guest has gone on, and other clones may have been there.
+    of_clone: bool,
 }
 
 impl<'a> Trial<'a> {
@@ -194,14 +196,37 @@ impl<'a> Trial<'a> {
     /// Measures the guest's speed; then the move is to be ordered at once.
     pub fn order(&self) -> Result<Order, WanError> {
         pause(BASELINE)?;
+        Ok(self.order_now(false))
+    }
+
+    /// To resume a clone of the guest, now.
+    pub fn order_of_clone(&self) -> Order {
+        self.order_now(true)
+    }
+
+    fn order_now(&self, of_clone: bool) -> Order {
         let at = Instant::now();
         if let Some((after, time)) = self.setup.blackout {
             self.emulator.black_out(at + after, time);
         }
-        Ok(Order {
+        Order {
             at,
             before: self.emulator.traffic(),
-        })
+            of_clone,
+        }
+    }
+
+    /// Nobody goes on with the line that was begun last.
+    pub fn cut_line(&self) {
+        self.console.cut_line();
+    }
+
+    /// Removes the memory of a QEMU that has ended.
+    pub fn forget(&self, end: End) -> Result<(), WanError> {
+        match std::fs::remove_file(self.ram.path().join(end.name())) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
     /// Watches the guest until it has recovered, and puts the figures together.
@@ -257,6 +282,7 @@ impl<'a> Trial<'a> {
         let carried = self.setup.path.rate_bit_s as f64 / 8.0 * after_pause_us as f64 / 1e6;
         let cpu_us = until_complete.relay_cpu_us - order.before.relay_cpu_us;
         Figures {
+            first_sign_ms: ms(life.first_sign_us),
             freeze_ms: ms(life.freeze_us),
             recovered_ms: life.recovered_us.map(ms),
             total_ms: ms(complete_us),
@@ -281,7 +307,12 @@ impl<'a> Trial<'a> {
             moved: tick.moved,
             number: tick.number,
         };
-        ticks.iter().map(sign).collect()
+        let signs: Vec<Sign> = ticks.iter().map(sign).collect();
+        if order.of_clone {
+            figures::of_clone(&signs)
+        } else {
+            signs
+        }
     }
 }
 

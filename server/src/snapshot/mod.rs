@@ -4,7 +4,9 @@
 //! one step that replaces the snapshot, so a crash leaves the old one or the new one. Files that no manifest names are
 //! left-overs, which the next snapshot removes.
 
+mod compare;
 pub mod format;
+mod lead;
 mod profile;
 mod read;
 mod take;

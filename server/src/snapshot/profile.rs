@@ -80,11 +80,14 @@ struct SessionProfile {
 
 impl Profile for SessionProfile {
     fn lead(&self) -> Vec<PageRange> {
-        self.shared
-            .pages()
-            .into_iter()
-            .map(PageRange::one)
-            .collect()
+        let mut ranges: Vec<PageRange> = Vec::new();
+        for page in self.shared.pages() {
+            match ranges.last_mut() {
+                Some(last) if last.end() == page => last.count += 1,
+                _ => ranges.push(PageRange::one(page)),
+            }
+        }
+        ranges
     }
 
     fn demanded(&self, range: PageRange) {

@@ -429,6 +429,10 @@ impl SourceMachine for SnapshotMachine {
         Arc::clone(&self.memory) as _
     }
 
+    fn stands_still(&self) -> bool {
+        true
+    }
+
     fn profile(&self) -> Option<Box<dyn Profile>> {
         Some(self.profile.session())
     }

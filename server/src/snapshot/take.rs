@@ -3,19 +3,17 @@
 
 use std::io;
 use std::path::Path;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange, is_zero};
-use xxhash_rust::xxh3::xxh3_128_with_seed;
+use lazyvm_wire::{PAGE_SIZE, PageRange};
 
 use super::SnapshotError;
+use super::compare::{Compared, STEP_PAGES};
 use super::format::{self, CHUNK_PAGES, Manifest, SnapshotId};
+use super::lead::Lead;
 use super::write::Writer;
 use crate::port::{DirtyTracker, MachineError, SourceMachine, SourceMemory};
-
-/// Pages that may be left for the pause: 8 MiB, which take a few milliseconds to copy.
-const LEFT_PAGES: u64 = 2048;
+use crate::rounds::{Judge, Round, Verdict};
 
 /// Most rounds. A machine that writes faster than the disk takes it gets no nearer by more of them.
 const ROUNDS_MAX: u32 = 16;
@@ -23,11 +21,12 @@ const ROUNDS_MAX: u32 = 16;
 /// Pages that are copied to memory during the pause before they are written: 256 MiB.
 const COPY_PAGES_MAX: usize = 64 * 1024;
 
-/// Pages that are compared in a step, by all threads together.
-const STEP_PAGES: u64 = 16 * 1024;
+/// What is ready for pages that are written between the last round and the pause, beyond as many as that round has left:
+/// 16 MiB.
+const SPARE_PAGES: usize = 4096;
 
-/// Most threads that compare.
-const THREADS_MAX: usize = 4;
+/// Memory that is with a clone in no time, whatever comes first: 16 MiB.
+const SMALL_PAGES: u64 = 4096;
 
 /// A snapshot that was not taken. The machine runs on, unless it says otherwise.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +65,8 @@ pub struct Taken {
     pub id: SnapshotId,
     /// What it is.
     pub manifest: Manifest,
+    /// Whether its writes were tracked; else all memory was read while it stood still.
+    pub tracked: bool,
     /// Rounds while the machine ran.
     pub rounds: u32,
     /// Pages that were copied while it stood still.
@@ -89,21 +90,33 @@ pub fn take(
         machine,
         memory: machine.memory(),
         writer: Writer::begin(directory, machine.layout(), base)?,
+        reading: Reading::default(),
+        lead: Lead::watch(machine),
         go_on,
     };
     let (changes, rounds) = job.write_while_it_runs()?;
-    if matches!(changes, Changes::Compared(_)) {
+    let tracked = matches!(changes, Changes::Tracked(..));
+    if !tracked {
         tracing::warn!(
             "nothing tells which pages this VM writes, so that all of its memory is read while it stands still"
         );
     }
-    let paused = job.pause(changes)?;
-    job.writer.lay_over(&paused.ranges, &paused.bytes)?;
+    let (mut paused, tracker) = job.pause(changes)?;
+    if let Some(tracker) = tracker {
+        job.watch_on(tracker, machine.layout().pages() > SMALL_PAGES);
+    }
+    // Of one that can be read at the pause only, that is everything.
+    if rounds > 0 {
+        job.lead.written(&paused.kept.ranges);
+    }
+    paused.kept.write(&mut job.writer)?;
+    let lead = job.lead.pages(machine.layout());
     let id = job.writer.id();
-    let manifest = job.writer.commit(&paused.state, machine.offer())?;
+    let manifest = job.writer.commit(&paused.state, machine.offer(), &lead)?;
     Ok(Taken {
         id,
         manifest,
+        tracked,
         rounds,
         pages_paused: paused.pages,
         pause: paused.time,
@@ -114,39 +127,80 @@ pub fn take(
 enum Changes {
     /// A tracker, and what it has told that was not written yet.
     Tracked(Box<dyn DirtyTracker>, Vec<PageRange>),
-    /// Each page's digest as it was written, 0 for zeros.
+    /// What was written.
     Compared(Compared),
-}
-
-struct Compared {
-    /// That a guest can't know, so that it can't make pages whose digests agree.
-    seed: u64,
-    digests: Vec<u128>,
-}
-
-impl Compared {
-    fn digest(&self, page: &[u8]) -> u128 {
-        if is_zero(page) {
-            return 0;
-        }
-        xxh3_128_with_seed(page, self.seed).max(1)
-    }
 }
 
 /// What the pause gave.
 struct Paused {
     state: Vec<u8>,
-    /// Pages that are to be written still, ascending, and their bytes.
-    ranges: Vec<PageRange>,
-    bytes: Vec<u8>,
+    kept: Kept,
     pages: u64,
     time: Duration,
+}
+
+/// Pages that are kept in memory until they are written, ascending.
+struct Kept {
+    ranges: Vec<PageRange>,
+    /// Their bytes, and room behind them that the system has given already: it gives it page by page as it is first
+    /// touched, which takes longer than the copying does.
+    buffer: Vec<u8>,
+    used: usize,
+}
+
+impl Kept {
+    fn with_room(pages: usize) -> Self {
+        let mut buffer = vec![0; pages.min(COPY_PAGES_MAX) * PAGE_SIZE];
+        for byte in buffer.iter_mut().step_by(PAGE_SIZE) {
+            *byte = 1;
+        }
+        // Else the compiler may see that nobody reads that, and leave it out.
+        std::hint::black_box(&mut buffer);
+        Self {
+            ranges: Vec::with_capacity(pages.min(COPY_PAGES_MAX)),
+            buffer,
+            used: 0,
+        }
+    }
+
+    /// Room for the bytes of this range, which ascends from those before.
+    fn add(&mut self, range: PageRange) -> &mut [u8] {
+        let start = self.used;
+        self.used += range.bytes() as usize;
+        if self.buffer.len() < self.used {
+            self.buffer.resize(self.used, 0);
+        }
+        self.ranges.push(range);
+        &mut self.buffer[start..self.used]
+    }
+
+    fn write(&mut self, writer: &mut Writer) -> Result<(), SnapshotError> {
+        writer.lay_over(&self.ranges, &self.buffer[..self.used])?;
+        self.ranges.clear();
+        self.used = 0;
+        Ok(())
+    }
+}
+
+/// How fast the memory is read.
+#[derive(Default)]
+struct Reading {
+    bytes: u64,
+    time: Duration,
+}
+
+impl Reading {
+    fn bytes_per_s(&self) -> f64 {
+        self.bytes as f64 / self.time.as_secs_f64().max(1e-6)
+    }
 }
 
 struct Job<'a> {
     machine: &'a dyn SourceMachine,
     memory: std::sync::Arc<dyn SourceMemory>,
     writer: Writer,
+    reading: Reading,
+    lead: Lead,
     go_on: &'a mut dyn FnMut(Progress) -> bool,
 }
 
@@ -193,44 +247,47 @@ impl Job<'_> {
                 }
             }
         }
-        let id = self.writer.id().0;
-        let mut compared = Compared {
-            seed: id
-                .iter()
-                .fold(0, |seed, &byte| seed << 8 ^ seed >> 56 ^ u64::from(byte)),
-            digests: vec![0; self.machine.layout().pages() as usize],
-        };
+        let mut compared = Compared::new(self.writer.id(), self.machine.layout().pages());
         // One that can be read at the pause only (a Firecracker's) is then all different from nothing.
         let Ok(runs) = self.data() else {
             return Ok((Changes::Compared(compared), 0));
         };
-        self.write_chunks(0, &runs, &mut |range, bytes| {
-            for (page, bytes) in range.pages().zip(bytes.chunks_exact(PAGE_SIZE)) {
-                compared.digests[page.as_usize()] = compared.digest(bytes);
-            }
-        })?;
+        self.write_chunks(0, &runs, &mut |range, bytes| compared.note(range, bytes))?;
+        self.lead.look();
         Ok((Changes::Compared(compared), 1))
     }
 
     fn rounds(&mut self, mut tracker: Box<dyn DirtyTracker>) -> Result<(Changes, u32), TakeError> {
+        let start = Instant::now();
+        let mut judge = Judge::of_snapshot();
         let mut runs = self.data()?;
-        let mut before = u64::MAX;
-        for round in 0.. {
+        let mut round = 0;
+        loop {
             self.write_chunks(round, &runs, &mut |_, _| ())?;
+            if round == 0 {
+                self.lead.look();
+            } else {
+                self.lead.written(&runs);
+            }
+            round += 1;
             runs.clear();
             tracker
                 .collect(&mut |range| runs.push(range))
                 .map_err(|error| {
                     TakeError::Machine("watched any more for what it writes", error)
                 })?;
-            let left = runs.iter().map(|range| range.count).sum::<u64>();
-            tracing::debug!(round, left, "pages were written meanwhile");
-            if left <= LEFT_PAGES || left >= before / 4 * 3 || round + 1 >= ROUNDS_MAX {
-                return Ok((Changes::Tracked(tracker, runs), round + 1));
+            let judged = Round {
+                elapsed: start.elapsed(),
+                residual_pages: runs.iter().map(|range| range.count).sum(),
+                bytes_per_s: self.reading.bytes_per_s(),
+                more: round < ROUNDS_MAX,
+            };
+            let verdict = judge.after(judged);
+            tracing::debug!(round, ?judged, ?verdict, "pages were written meanwhile");
+            if verdict != Verdict::GoOn {
+                return Ok((Changes::Tracked(tracker, runs), round));
             }
-            before = left;
         }
-        Ok((Changes::Tracked(tracker, runs), ROUNDS_MAX))
     }
 
     /// Writes the chunks that hold any of these pages, as they are now.
@@ -264,7 +321,10 @@ impl Job<'_> {
             }
             let range = format::chunk_range(layout, chunk);
             let bytes = &mut bytes[..range.bytes() as usize];
+            let before = Instant::now();
             self.memory.read(range, bytes).map_err(TakeError::Memory)?;
+            self.reading.time += before.elapsed();
+            self.reading.bytes += range.bytes();
             self.writer.put(chunk, bytes)?;
             written(range, bytes);
         }
@@ -272,9 +332,20 @@ impl Job<'_> {
     }
 
     /// Stops the machine, copies what is to be written still, and lets it run on.
-    fn pause(&mut self, changes: Changes) -> Result<Paused, TakeError> {
+    fn pause(
+        &mut self,
+        changes: Changes,
+    ) -> Result<(Paused, Option<Box<dyn DirtyTracker>>), TakeError> {
         let machine = self.machine;
         let failed = |error| TakeError::Machine("paused", error);
+        let room = match &changes {
+            Changes::Tracked(_, runs) => {
+                let left = runs.iter().map(|range| range.count).sum::<u64>();
+                2 * left as usize + SPARE_PAGES
+            }
+            Changes::Compared(_) => SPARE_PAGES,
+        };
+        let kept = Kept::with_room(room);
         machine.prepare_pause().map_err(failed)?;
         let start = Instant::now();
         let state = machine.pause().map_err(failed)?;
@@ -282,8 +353,7 @@ impl Job<'_> {
         let state_us = start.elapsed().as_micros() as u64;
         let mut paused = Paused {
             state,
-            ranges: Vec::new(),
-            bytes: Vec::new(),
+            kept,
             pages: 0,
             time: Duration::ZERO,
         };
@@ -297,20 +367,30 @@ impl Job<'_> {
                 None
             }
         };
+        let copied_us = start.elapsed().as_micros() as u64;
+        self.lead.runs_on_next();
+        let watched_us = start.elapsed().as_micros() as u64;
         standing.run_on()?;
         paused.time = start.elapsed();
-        if let Some(mut tracker) = tracker
-            && let Err(error) = tracker.stop()
-        {
-            tracing::warn!(%error, "the VM is still being watched for what it writes, and runs slower for it");
-        }
         tracing::debug!(
             state_us,
+            copied_us,
+            watched_us,
             pause_us = paused.time.as_micros() as u64,
             pages = paused.pages,
             "the VM stood still"
         );
-        Ok(paused)
+        Ok((paused, tracker))
+    }
+
+    /// Hears what the machine uses right after the pause, if that is worth the time.
+    fn watch_on(&mut self, mut tracker: Box<dyn DirtyTracker>, is_worth_it: bool) {
+        if is_worth_it {
+            self.lead.watch_on(tracker.as_mut());
+        }
+        if let Err(error) = tracker.stop() {
+            tracing::warn!(%error, "the VM is still being watched for what it writes, and runs slower for it");
+        }
     }
 
     fn copy_tracked(
@@ -328,12 +408,9 @@ impl Job<'_> {
             let mut first = range.first;
             while first < range.end() {
                 let part = PageRange::new(first, STEP_PAGES).intersect(range);
-                let start = paused.bytes.len();
-                paused.bytes.resize(start + part.bytes() as usize, 0);
                 self.memory
-                    .read(part, &mut paused.bytes[start..])
+                    .read(part, paused.kept.add(part))
                     .map_err(TakeError::Memory)?;
-                paused.ranges.push(part);
                 paused.pages += part.count;
                 first = part.end();
                 self.write_if_full(paused)?;
@@ -355,10 +432,15 @@ impl Job<'_> {
             }
             let here = data[at..].iter().take_while(|run| run.first < step.end());
             let here: Vec<_> = here.map(|run| run.intersect(step)).collect();
-            for (ranges, bytes) in compare(self.memory.as_ref(), compared, step, &here)? {
-                paused.pages += ranges.iter().map(|range| range.count).sum::<u64>();
-                paused.ranges.extend(ranges);
-                paused.bytes.extend(bytes);
+            let different = compared.differing(self.memory.as_ref(), step, &here);
+            for (ranges, bytes) in different.map_err(TakeError::Memory)? {
+                let mut rest = bytes.as_slice();
+                for range in ranges {
+                    let (here, behind) = rest.split_at(range.bytes() as usize);
+                    paused.kept.add(range).copy_from_slice(here);
+                    paused.pages += range.count;
+                    rest = behind;
+                }
             }
             self.write_if_full(paused)?;
             first = step.end();
@@ -367,75 +449,11 @@ impl Job<'_> {
     }
 
     fn write_if_full(&mut self, paused: &mut Paused) -> Result<(), TakeError> {
-        if paused.bytes.len() >= COPY_PAGES_MAX * PAGE_SIZE {
-            self.writer.lay_over(&paused.ranges, &paused.bytes)?;
-            paused.ranges.clear();
-            paused.bytes.clear();
+        if paused.kept.used >= COPY_PAGES_MAX * PAGE_SIZE {
+            paused.kept.write(&mut self.writer)?;
         }
         Ok(())
     }
-}
-
-/// Pages that differ, ascending, and their bytes.
-type Different = (Vec<PageRange>, Vec<u8>);
-
-/// Those of `step` that differ from what was written; `data` is what of it is no hole.
-fn compare(
-    memory: &dyn SourceMemory,
-    compared: &Compared,
-    step: PageRange,
-    data: &[PageRange],
-) -> Result<Vec<Different>, TakeError> {
-    let threads = thread::available_parallelism().map_or(1, |cores| cores.get());
-    let part = step.count.div_ceil(threads.min(THREADS_MAX) as u64).max(1);
-    thread::scope(|scope| {
-        let parts: Vec<_> = (0..step.count.div_ceil(part))
-            .map(|number| {
-                PageRange::new(PageIndex(step.first.0 + number * part), part).intersect(step)
-            })
-            .map(|part| scope.spawn(move || compare_part(memory, compared, part, data)))
-            .collect();
-        parts
-            .into_iter()
-            .map(|part| {
-                part.join()
-                    .unwrap_or_else(|_| Err(io::Error::other("a thread that read it has ended")))
-                    .map_err(TakeError::Memory)
-            })
-            .collect()
-    })
-}
-
-fn compare_part(
-    memory: &dyn SourceMemory,
-    compared: &Compared,
-    part: PageRange,
-    data: &[PageRange],
-) -> io::Result<Different> {
-    let (mut ranges, mut found) = (Vec::<PageRange>::new(), Vec::new());
-    let mut buffer = vec![0; format::CHUNK_BYTES];
-    let mut first = part.first;
-    while first < part.end() {
-        let some = PageRange::new(first, CHUNK_PAGES).intersect(part);
-        let bytes = &mut buffer[..some.bytes() as usize];
-        // Holes read as zeros too; not to read them is quicker.
-        if data.iter().any(|run| !run.intersect(some).is_empty()) {
-            memory.read(some, bytes)?;
-        } else {
-            bytes.fill(0);
-        }
-        for (page, bytes) in some.pages().zip(bytes.chunks_exact(PAGE_SIZE)) {
-            if compared.digest(bytes) != compared.digests[page.as_usize()] {
-                match ranges.last_mut() {
-                    Some(last) if last.end() == page => last.count += 1,
-                    _ => ranges.push(PageRange::one(page)),
-                }
-                found.extend_from_slice(bytes);
-            }
-        }
-        first = some.end();
-    }
-    Ok((ranges, found))
 }
 
 /// The same pages, ascending, each once.

@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use lazyvm_wire::{Layout, MachineOffer, PAGE_SIZE, PageRange, SessionId};
+use lazyvm_wire::{Layout, MachineOffer, PAGE_SIZE, PageIndex, PageRange, SessionId};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::format::{
@@ -191,8 +191,13 @@ impl Writer {
         }
     }
 
-    /// Makes it the directory's snapshot. From the renaming on it is; what fails behind that is logged.
-    pub fn commit(mut self, state: &[u8], offer: MachineOffer) -> Result<Manifest, SnapshotError> {
+    /// Makes it the directory's snapshot, with a profile to begin with: the pages that its machine needs first. From the renaming on it is; what fails behind that is logged.
+    pub fn commit(
+        mut self,
+        state: &[u8],
+        offer: MachineOffer,
+        lead: &[PageIndex],
+    ) -> Result<Manifest, SnapshotError> {
         let entries: Vec<_> = self.entries.values().copied().collect();
         let uses_base = entries.iter().any(|entry| entry.place == Place::Base);
         let index = format::encode_index(self.id, &entries);
@@ -218,6 +223,9 @@ impl Writer {
             .map_err(|source| self.failed("write", "memory-", source))?;
         self.write("index-", &index)?;
         self.write("state-", state)?;
+        if !lead.is_empty() {
+            self.write("profile-", &format::encode_profile(self.id, lead))?;
+        }
         self.write("manifest-", &bytes)?;
         self.sync_directory()?;
         let beside = self.directory.join(file_name("manifest-", self.id));

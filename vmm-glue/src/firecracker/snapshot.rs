@@ -249,6 +249,10 @@ impl SourceMachine for SnapshotMachine {
         Arc::clone(&self.memory) as _
     }
 
+    fn stands_still(&self) -> bool {
+        true
+    }
+
     fn pause(&self) -> Result<Vec<u8>, MachineError> {
         Ok(self.state.to_vec())
     }

@@ -1,6 +1,8 @@
 //! What the tests of the built-in monitor share.
 #![allow(dead_code, reason = "each test file uses its own part of it")]
 
+pub mod at_pause;
+pub mod copy;
 // One pool of huge pages for the whole machine, so one way to take turns with it.
 #[path = "../../../pager/tests/common/huge.rs"]
 pub mod huge;

@@ -9,6 +9,9 @@
 mod common;
 mod memory;
 mod model;
+#[path = "../../../benches/micro/random.rs"]
+#[allow(dead_code, reason = "the benches use the rest")]
+mod random;
 mod sys;
 mod writer;
 

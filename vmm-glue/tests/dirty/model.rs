@@ -16,7 +16,8 @@ use nix::unistd::Pid;
 use crate::common::huge::HugePages;
 use crate::common::skip;
 use crate::memory::{HUGE, Kind};
-use crate::writer::{Random, transparent_bytes};
+use crate::random::Random;
+use crate::writer::transparent_bytes;
 
 const SEEDS: u64 = 4;
 const COLLECTS: u64 = 12;

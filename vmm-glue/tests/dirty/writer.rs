@@ -6,29 +6,10 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, RwLock};
 
 use crate::memory::{Kind, Memory};
+use crate::random::Random;
 
 /// Threads that write.
 const WRITERS: u64 = 3;
-
-/// Numbers that look random, the same for the same seed (xorshift64*).
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    pub fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
-    }
-}
 
 /// `KIND SEED`, as the environment tells it.
 pub fn run(words: &str) {
