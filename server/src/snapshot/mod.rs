@@ -6,6 +6,7 @@
 
 mod compare;
 pub mod format;
+mod known;
 mod lead;
 mod profile;
 mod read;

@@ -10,6 +10,7 @@ use lazyvm_wire::{PAGE_SIZE, PageRange};
 use super::SnapshotError;
 use super::compare::{Compared, STEP_PAGES};
 use super::format::{self, CHUNK_PAGES, Manifest, SnapshotId};
+use super::known::Known;
 use super::lead::Lead;
 use super::write::Writer;
 use crate::port::{DirtyTracker, MachineError, SourceMachine, SourceMemory};
@@ -91,6 +92,7 @@ pub fn take(
         memory: machine.memory(),
         writer: Writer::begin(directory, machine.layout(), base)?,
         reading: Reading::default(),
+        known: Known::new(machine.layout().pages()),
         lead: Lead::watch(machine),
         go_on,
     };
@@ -200,6 +202,7 @@ struct Job<'a> {
     memory: std::sync::Arc<dyn SourceMemory>,
     writer: Writer,
     reading: Reading,
+    known: Known,
     lead: Lead,
     go_on: &'a mut dyn FnMut(Progress) -> bool,
 }
@@ -235,6 +238,11 @@ impl Job<'_> {
             .data_runs(&mut |run| runs.push(run))
             .map_err(TakeError::Memory)?;
         Ok(runs)
+    }
+
+    fn changed(&self, reported: Vec<PageRange>) -> Result<Vec<PageRange>, TakeError> {
+        let changed = self.known.changed(reported, self.memory.as_ref());
+        changed.map_err(TakeError::Memory)
     }
 
     /// The rounds; also how many there were.
@@ -276,6 +284,7 @@ impl Job<'_> {
                 .map_err(|error| {
                     TakeError::Machine("watched any more for what it writes", error)
                 })?;
+            runs = self.changed(runs)?;
             let judged = Round {
                 elapsed: start.elapsed(),
                 residual_pages: runs.iter().map(|range| range.count).sum(),
@@ -326,6 +335,7 @@ impl Job<'_> {
             self.reading.time += before.elapsed();
             self.reading.bytes += range.bytes();
             self.writer.put(chunk, bytes)?;
+            self.known.wrote(range);
             written(range, bytes);
         }
         Ok(())
@@ -402,9 +412,7 @@ impl Job<'_> {
         tracker
             .collect(&mut |range| runs.push(range))
             .map_err(|error| TakeError::Machine("asked for what it wrote last", error))?;
-        let image = self.machine.layout().range();
-        for range in merged(runs) {
-            let range = range.intersect(image);
+        for range in merged(self.changed(runs)?) {
             let mut first = range.first;
             while first < range.end() {
                 let part = PageRange::new(first, STEP_PAGES).intersect(range);
