@@ -42,6 +42,15 @@ impl Split {
         Ok(Self { guest, host })
     }
 
+    /// All of them for all: where a touch waits for a long way, and not for a wake-up.
+    pub fn undivided() -> io::Result<Self> {
+        let all = sched_getaffinity(THIS_THREAD)?;
+        Ok(Self {
+            guest: all,
+            host: all,
+        })
+    }
+
     /// The calling thread is a guest's vCPU from now on.
     pub fn enter_guest(&self) -> io::Result<()> {
         Ok(sched_setaffinity(THIS_THREAD, &self.guest)?)

@@ -15,6 +15,7 @@ pub mod sim;
 pub mod source;
 mod sys;
 pub mod wan;
+mod way;
 
 pub use error::BenchError;
 pub use image::Content;

@@ -10,6 +10,7 @@ pub mod console;
 pub mod emulator;
 mod error;
 pub mod figures;
+pub mod flows;
 pub mod guest;
 mod lazyvm;
 mod namespace;
