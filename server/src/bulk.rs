@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use lazyvm_wire::frame::{FRAME_PAGES_MAX, FrameKind};
 use lazyvm_wire::{PageIndex, PageMap, PageRange};
 use quinn::{Connection, ConnectionError, SendStream, WriteError};
@@ -180,9 +181,15 @@ impl Pusher<'_> {
     }
 
     /// A window goes on a stream of its own, ahead of what is waiting to be sent.
+    ///
+    /// Many faults bring more windows in a round trip than there may be streams. Those beyond go with the rest: waiting for
+    /// a stream would leave the path empty.
     async fn send_window(&mut self) -> Result<(), PushError> {
+        let Some(stream) = self.connection.open_uni().now_or_never() else {
+            return self.send_rest().await;
+        };
+        let mut stream = stream?;
         self.wait_for_limit().await;
-        let mut stream = self.connection.open_uni().await?;
         // Fails only for a stream that is closed; the write says so too. So does the finish.
         let _ = stream.set_priority(WINDOW_PRIORITY);
         stream.write_all_chunks(&mut self.chunks).await?;

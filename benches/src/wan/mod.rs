@@ -20,7 +20,7 @@ mod peer;
 mod process;
 pub mod queue;
 mod report;
-mod sys;
+pub(crate) mod sys;
 pub mod traffic;
 mod trial;
 

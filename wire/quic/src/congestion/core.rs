@@ -83,6 +83,10 @@ const RIVAL_DOUBT: f64 = 0.4;
 /// How long the queue is shared before a drained round shows whether the rival is still there.
 const SHARE_TIME: Duration = Duration::from_secs(4);
 
+/// Queue beyond the target that is kept for each second of jitter. More lets the queue swing by itself: its own swings are
+/// taken for jitter.
+const NOISE_SHARE: f64 = 1.0;
+
 /// Seconds of jitter that are left out of account.
 const NOISE_MAX: f64 = 0.005;
 
@@ -144,6 +148,8 @@ pub struct Core {
     /// By how much the standing round trip changes from round to round, in seconds.
     noise: f64,
     standing_before: f64,
+    /// In the round before there was not always something to send.
+    idle_before: bool,
     /// The standing round trip of the last shared round, in seconds.
     standing_shared: f64,
     /// And of the last drained one.
@@ -183,6 +189,7 @@ impl Core {
             rate_most: 0.0,
             noise: 0.0,
             standing_before: 0.0,
+            idle_before: false,
             standing_shared: 0.0,
             standing_drained: Duration::ZERO,
             same_drains: 0,
@@ -304,7 +311,7 @@ impl Core {
             self.rates.insert(rate);
         }
         self.remember_rate(now - round.began);
-        self.watch_noise();
+        self.watch_noise(round.idle);
         self.queues.insert(self.queueing().as_secs_f64());
         self.fit_to_buffer(loss);
         tracing::trace!(
@@ -374,12 +381,16 @@ impl Core {
         matches!(self.phase, Phase::Share { .. } | Phase::Drain { .. })
     }
 
-    /// Jitter that is left in the standing round trip is no queue, and is not to be fought.
-    fn watch_noise(&mut self) {
+    /// Jitter that is left in the standing round trip is no queue, and is not to be fought. A queue that comes and goes
+    /// with what there is to send is no jitter.
+    fn watch_noise(&mut self, idle: bool) {
         let standing = self.standing.get().unwrap_or_default().as_secs_f64();
         let change = (standing - self.standing_before).abs().min(NOISE_MAX);
         self.standing_before = standing;
-        self.noise += (change - self.noise) / 8.0;
+        if !idle && !self.idle_before {
+            self.noise += (change - self.noise) / 8.0;
+        }
+        self.idle_before = idle;
     }
 
     /// A buffer that holds less than the target loses some of every round, without a delay that would tell.
@@ -518,7 +529,7 @@ impl Core {
     }
 
     fn target_of(&self, rate: f64) -> f64 {
-        self.quiet_target(rate) + 2.0 * rate * self.noise
+        self.quiet_target(rate) + NOISE_SHARE * rate * self.noise
     }
 
     /// The target on a path without jitter.
