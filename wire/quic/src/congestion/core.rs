@@ -16,7 +16,7 @@ pub enum Rival {
 }
 
 /// The queue that one flow keeps at a gigabit a second.
-const TARGET: Duration = Duration::from_micros(1200);
+const TARGET: Duration = Duration::from_micros(600);
 const TARGET_RATE: f64 = 125e6;
 
 /// The queue that the slowest flow keeps.
@@ -40,8 +40,8 @@ const START_PACKETS: f64 = 16.0;
 /// How far the start goes beyond the path: a doubling, and what comes until the queue is seen.
 const START_OVERSHOOT: f64 = 2.5;
 
-/// A round's share of lost packets that ends the start.
-const START_LOSS: f64 = 0.02;
+/// A round's share of lost packets that ends the start; the path's own errors may be as many as half of that.
+const START_LOSS: f64 = 0.06;
 
 /// A round's share of lost packets that no error of the path explains.
 const HEAVY_LOSS: f64 = 0.1;
@@ -51,6 +51,17 @@ const LIGHT_LOSS: f64 = 0.005;
 
 /// The least part of the target that is tried where the buffer is small.
 const SCALE_MIN: f64 = 1.0 / 8.0;
+
+/// Losses that are no more than so many times those with the least target are the path's own: no buffer overflows.
+const OWN_LOSS: f64 = 2.0;
+
+/// What a round trip has beyond the path's own without a queue, and this part of the path's own at most: what joins
+/// interrupts and packets, at both ends and between them, is met by all packets of a busy path and by few of a quiet one.
+const SLACK: Duration = Duration::from_micros(400);
+const SLACK_SHARE: u32 = 64;
+
+/// Part of what is missing to what the path has carried lately that a window grows by where no queue shows.
+const GAP_SHARE: f64 = 0.5;
 
 /// Growth of a shared window in a round, where the round trip does not grow with it.
 const SHARE_GROWTH: f64 = 0.01;
@@ -168,6 +179,8 @@ pub struct Core {
     open: u32,
     /// Part of the target that the path's buffer holds.
     scale: f64,
+    /// Share of packets that is lost with the least target.
+    own_loss: f64,
 }
 
 impl Core {
@@ -199,6 +212,7 @@ impl Core {
             window_ahead: None,
             open: 0,
             scale: 1.0,
+            own_loss: 0.0,
         }
     }
 
@@ -243,8 +257,8 @@ impl Core {
                 self.window += bytes as f64;
             }
             // Few packets far apart are acknowledged late; that is no queue.
-            let dense = !app_limited && self.round.acked > START_PACKETS * self.packet;
-            if dense && self.queueing() > self.start_delay() {
+            let dense = self.is_dense(&self.round);
+            if dense && !app_limited && self.queueing() > self.start_delay() {
                 self.end_start(now);
             }
         }
@@ -326,7 +340,7 @@ impl Core {
             "round"
         );
         match &self.phase {
-            Phase::Start if loss > START_LOSS => self.end_start(now),
+            Phase::Start if loss > START_LOSS && self.is_dense(&round) => self.end_start(now),
             Phase::Steady => self.steer(now, &round, rate, heavy),
             Phase::Drain { until, shared } if now >= *until => self.end_drain(now, shared.clone()),
             Phase::Share { cubic, since, .. } if now > *since + SHARE_TIME => {
@@ -340,7 +354,7 @@ impl Core {
     /// A round of FAST's law, towards a window that keeps the target's bytes in the queue.
     fn steer(&mut self, now: Duration, round: &Round, rate: f64, heavy_loss: bool) {
         let base = self.base.get().unwrap_or_default().as_secs_f64();
-        let standing = self.standing.get().unwrap_or_default().as_secs_f64();
+        let standing = base + self.standing_queue().as_secs_f64();
         let target = self.target();
         if self.meets_rival(now) {
             return;
@@ -362,7 +376,10 @@ impl Core {
         self.open = if wider { self.open + 1 } else { 0 };
         let known = self.window < 0.98 * self.rate_most * base;
         let after = if known { HASTE_AFTER } else { HASTE_LATE };
-        let room = target * 2_f64.powi(self.open.saturating_sub(after).min(20) as i32);
+        let mut room = target * 2_f64.powi(self.open.saturating_sub(after).min(20) as i32);
+        if known && self.open > HASTE_AFTER {
+            room = room.max(GAP_SHARE * (self.rate_most * base - self.window));
+        }
         let goal = self.window * base / standing.max(1e-9) + room;
         let most = self.rates.max() * self.rtt.as_secs_f64() + 2.0 * room;
         let most = most.min(2.0 * self.window);
@@ -395,8 +412,12 @@ impl Core {
 
     /// A buffer that holds less than the target loses some of every round, without a delay that would tell.
     fn fit_to_buffer(&mut self, loss: f64) {
-        let short = self.queueing() < self.target_delay() / 2;
-        self.scale = if loss > LIGHT_LOSS && short {
+        let short = self.standing_queue() < self.target_delay() / 2;
+        if self.scale <= SCALE_MIN {
+            self.own_loss += (loss - self.own_loss) / 4.0;
+        }
+        let much = loss > LIGHT_LOSS.max(OWN_LOSS * self.own_loss);
+        self.scale = if much && short {
             (self.scale / 2.0).max(SCALE_MIN)
         } else {
             (self.scale * 1.05).min(1.0)
@@ -515,6 +536,18 @@ impl Core {
     fn queueing(&self) -> Duration {
         let base = self.base.get().unwrap_or_default();
         self.standing.get().unwrap_or_default().saturating_sub(base)
+    }
+
+    /// The queue, without what is none.
+    fn standing_queue(&self) -> Duration {
+        let base = self.base.get().unwrap_or_default();
+        self.queueing()
+            .saturating_sub(SLACK.min(base / SLACK_SHARE))
+    }
+
+    /// Whether a round's packets are enough to say something.
+    fn is_dense(&self, round: &Round) -> bool {
+        round.acked > START_PACKETS * self.packet
     }
 
     /// Bytes that the path holds without a queue.
