@@ -5,6 +5,7 @@ mod track;
 mod wan;
 
 use std::io::Write;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -43,7 +44,10 @@ enum Bench {
     Sim(SimArgs),
     /// The source's process of a run, which a run starts by itself
     #[command(hide = true)]
-    Source,
+    Source {
+        /// Where it listens
+        at: IpAddr,
+    },
 }
 
 /// Where the figures go.
@@ -80,6 +84,9 @@ pub struct FaultArgs {
     /// Pages that are touched
     #[arg(long, value_name = "COUNT", default_value_t = 5000)]
     pub faults: u64,
+    /// Threads that touch, each a page at a time, as so many vCPUs
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub threads: u32,
     /// The path
     #[command(flatten)]
     pub path: PathArgs,
@@ -133,8 +140,8 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<Exit> {
         Bench::Wan(args) => wan::wan(args),
         Bench::Track(args) => track::track(args),
         Bench::Sim(args) => sim::sim(args),
-        Bench::Source => {
-            lazyvm_benches::source::run()?;
+        Bench::Source { at } => {
+            lazyvm_benches::source::run(*at)?;
             Ok(Exit::Done)
         }
     }
@@ -144,6 +151,7 @@ fn fault(args: &FaultArgs) -> anyhow::Result<Exit> {
     let report = lazyvm_benches::fault::run(FaultConfig {
         bytes: args.size,
         faults: args.faults,
+        threads: args.threads,
         link: Link {
             rtt: args.path.rtt,
             rate_bit_s: args.path.rate,

@@ -1,6 +1,6 @@
 //! QUIC without pages: what the network and the library cost by themselves.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,9 +20,6 @@ use crate::error::BenchError;
 
 /// Bytes written at a time.
 const CHUNK: usize = 1 << 20;
-
-/// Round trips that are not counted.
-const WARM_UP: u64 = 100;
 
 /// Which settings and threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,8 +66,12 @@ impl Threads {
     }
 }
 
-fn endpoint(flavour: Flavour, server: Option<ServerConfig>) -> std::io::Result<Endpoint> {
-    let any = (Ipv4Addr::LOCALHOST, 0).into();
+fn endpoint(
+    flavour: Flavour,
+    server: Option<ServerConfig>,
+    at: IpAddr,
+) -> std::io::Result<Endpoint> {
+    let any = (at, 0).into();
     match (flavour, server) {
         (Flavour::Stock, Some(config)) => Endpoint::server(config, any),
         (Flavour::Stock, None) => Endpoint::client(any),
@@ -98,7 +99,12 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub fn start(identity: &Identity, flavour: Flavour, lane: Lane) -> Result<Self, BenchError> {
+    pub fn start(
+        identity: &Identity,
+        flavour: Flavour,
+        lane: Lane,
+        at: IpAddr,
+    ) -> Result<Self, BenchError> {
         let configs = lazyvm_quic::server_configs(identity, lazyvm_quic::Rival::Share)?;
         let mut config = match lane {
             Lane::Fault => configs.fault,
@@ -109,7 +115,7 @@ impl Server {
         }
         let threads = Threads::start(flavour)?;
         let context = threads.handle().enter();
-        let endpoint = endpoint(flavour, Some(config))?;
+        let endpoint = endpoint(flavour, Some(config), at)?;
         drop(context);
         let address = endpoint.local_addr()?;
         let accepting = endpoint.clone();
@@ -185,7 +191,7 @@ impl Client {
         }
         let threads = Threads::start(flavour)?;
         let (connection, endpoint) = threads.run(async move {
-            let endpoint = endpoint(flavour, None)?;
+            let endpoint = endpoint(flavour, None, Ipv4Addr::UNSPECIFIED.into())?;
             let connecting = endpoint
                 .connect_with(config, server, SERVER_NAME)
                 .map_err(bare)?;
@@ -198,18 +204,24 @@ impl Client {
         })
     }
 
-    /// Adds round trips of a small request and a page back, on one stream that is kept, in microseconds.
-    pub fn round_trips(&self, count: u64, times: &mut Histogram<u64>) -> Result<(), BenchError> {
+    /// Adds round trips of a small request and a page back, on one stream that is kept, in microseconds; the first
+    /// `uncounted` don't count.
+    pub fn round_trips(
+        &self,
+        uncounted: u64,
+        count: u64,
+        times: &mut Histogram<u64>,
+    ) -> Result<(), BenchError> {
         let connection = self.connection.clone();
         let rounds = self.threads.run(async move {
             let (mut send, mut recv) = connection.open_bi().await.map_err(bare)?;
             let mut page = vec![0; PAGE_SIZE];
             let mut rounds = Vec::with_capacity(count as usize);
-            for round in 0..count + WARM_UP {
+            for round in 0..count + uncounted {
                 let start = Instant::now();
                 send.write_all(&[0; REQUEST_LEN]).await.map_err(bare)?;
                 recv.read_exact(&mut page).await.map_err(bare)?;
-                if round >= WARM_UP {
+                if round >= uncounted {
                     rounds.push(start.elapsed().as_micros() as u64);
                 }
             }

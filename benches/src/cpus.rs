@@ -18,6 +18,8 @@ const THIS_THREAD: Pid = Pid::from_raw(0);
 pub(crate) struct Split {
     guest: CpuSet,
     host: CpuSet,
+    /// The guest's threads run ahead of all else.
+    guest_first: bool,
 }
 
 impl Split {
@@ -39,11 +41,30 @@ impl Split {
         if others == 0 {
             host = guest;
         }
-        Ok(Self { guest, host })
+        Ok(Self {
+            guest,
+            host,
+            guest_first: false,
+        })
+    }
+
+    /// All of them for all, and the guest's threads first: for more vCPUs than there are CPUs, which hardly ever run.
+    pub fn undivided() -> io::Result<Self> {
+        let all = sched_getaffinity(THIS_THREAD)?;
+        Ok(Self {
+            guest: all,
+            host: all,
+            guest_first: true,
+        })
     }
 
     /// The calling thread is a guest's vCPU from now on.
     pub fn enter_guest(&self) -> io::Result<()> {
+        if self.guest_first
+            && let Err(error) = crate::wan::sys::run_first()
+        {
+            tracing::warn!(%error, "no real-time priority for what touches; it waits for a CPU as well");
+        }
         Ok(sched_setaffinity(THIS_THREAD, &self.guest)?)
     }
 

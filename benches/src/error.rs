@@ -42,6 +42,9 @@ pub enum BenchError {
     /// Keys.
     #[error("can't make keys")]
     Trust(#[from] TrustError),
+    /// The emulated path.
+    #[error(transparent)]
+    Wan(#[from] crate::wan::WanError),
     /// The bare QUIC comparison.
     #[error("the bare QUIC connection fails: {0}")]
     Bare(String),

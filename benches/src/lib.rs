@@ -16,6 +16,7 @@ pub mod source;
 mod sys;
 pub mod track;
 pub mod wan;
+mod way;
 
 pub use error::BenchError;
 pub use image::Content;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -72,7 +73,7 @@ const MIB: f64 = (1 << 20) as f64;
 /// # Errors
 /// [`BenchError`].
 pub fn run(config: PushConfig) -> Result<PushReport, BenchError> {
-    let mut source = Source::start()?;
+    let mut source = Source::start(Ipv4Addr::LOCALHOST.into())?;
     source.image(config.bytes, config.content)?;
     // The first move is not counted: code, sockets and buffers get warm.
     push(&mut source)?;

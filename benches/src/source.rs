@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ use crate::bare::{self, Flavour};
 use crate::error::BenchError;
 use crate::image::{self, Content};
 
-/// The words behind the executable's name that have to lead to [`run`].
+/// The words behind the executable's name that, with an address behind them, have to lead to [`run`].
 pub const COMMAND: [&str; 2] = ["bench", "source"];
 
 #[derive(Serialize, Deserialize)]
@@ -42,13 +42,13 @@ enum Answer {
     Bare(SocketAddr, Fingerprint),
 }
 
-/// Serves until standard input ends.
+/// Serves at this address until standard input ends.
 ///
 /// # Errors
 /// [`BenchError`].
-pub fn run() -> Result<(), BenchError> {
+pub fn run(at: IpAddr) -> Result<(), BenchError> {
     let identity = Identity::generate()?;
-    let server = Server::bind((Ipv4Addr::LOCALHOST, 0).into(), &identity)?;
+    let server = Server::bind((at, 0).into(), &identity)?;
     let mut image: Option<File> = None;
     let mut bare_server = None;
     for line in io::stdin().lock().lines() {
@@ -77,7 +77,8 @@ pub fn run() -> Result<(), BenchError> {
             Request::Bare { flavour, bulk } => {
                 let lane = if bulk { Lane::Bulk } else { Lane::Fault };
                 // The one before has done its work, and ends.
-                let started = bare_server.insert(bare::Server::start(&identity, flavour, lane)?);
+                let started =
+                    bare_server.insert(bare::Server::start(&identity, flavour, lane, at)?);
                 Answer::Bare(started.address, identity.fingerprint())
             }
         };
@@ -97,10 +98,11 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    pub fn start() -> Result<Self, BenchError> {
+    pub fn start(at: IpAddr) -> Result<Self, BenchError> {
         let start = || {
             let mut child = Command::new(std::env::current_exe()?)
                 .args(COMMAND)
+                .arg(at.to_string())
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()?;

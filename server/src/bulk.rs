@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use lazyvm_wire::frame::{FRAME_PAGES_MAX, FrameKind};
 use lazyvm_wire::{PageIndex, PageMap, PageRange};
 use quinn::{Connection, ConnectionError, SendStream, WriteError};
@@ -16,10 +17,14 @@ use crate::rate::RateLimit;
 use crate::scheduler::Urgency;
 use crate::session::{Session, lock};
 
-/// A stream is ended when it has taken as much: half of what a stream may have under way, so that none ever waits for
-/// its own flow control, which would leave a long path empty. Short enough for a lost packet to hold back little, long
-/// enough for what a stream costs by itself to be lost in it.
-const STREAM_BYTES: usize = 4 << 20;
+/// A stream is ended when it has taken what the path carries in this time. quinn does not leave a stream that it has begun
+/// for another, however urgent: windows and what was lost of earlier streams wait for it.
+const STREAM_TIME: Duration = Duration::from_millis(8);
+
+/// Bounds of that. No more than half of what a stream may have under way, so that none ever waits for its own flow control,
+/// which would leave a long path empty; and enough for what a stream costs by itself to be lost in it.
+const STREAM_BYTES_MIN: usize = 64 << 10;
+const STREAM_BYTES_MAX: usize = 4 << 20;
 
 /// The same before the pause, where it must be known what has arrived.
 const EARLY_STREAM_BYTES: usize = 1 << 20;
@@ -33,8 +38,10 @@ const ZERO_FRAMES: usize = 48;
 /// Reads without a look at anything else.
 const READS_IN_A_ROW: u64 = 8;
 
-/// Priority of a window's stream; the others' are 0 and, for digests, less.
+/// Priority of a window's stream. The others' go down from 0, one by one: what was lost of a stream goes ahead of those that
+/// came after it, which hold what they have until it is there. Digests are last.
 const WINDOW_PRIORITY: i32 = 1;
+const DIGEST_PRIORITY: i32 = i32::MIN;
 
 /// Most digest frames on a stream.
 const DIGEST_FRAMES: usize = 64;
@@ -59,6 +66,8 @@ pub(crate) async fn push(session: &Arc<Session>, connection: &Connection) -> Res
         connection,
         limit,
         rest: None,
+        priority: 0,
+        stream_bytes: STREAM_BYTES_MIN,
         chunks: Vec::new(),
         unacked: 0,
         reads: 0,
@@ -89,6 +98,10 @@ struct Pusher<'a> {
     limit: Option<RateLimit>,
     /// The stream that pages without urgency go on, and the bytes that it has taken.
     rest: Option<(SendStream, usize)>,
+    /// The next such stream's priority.
+    priority: i32,
+    /// What a stream takes before the next one is begun.
+    stream_bytes: usize,
     /// Frames that are to go.
     chunks: Vec<Bytes>,
     /// Bytes of pages before the pause on the stream `rest`.
@@ -153,7 +166,7 @@ impl Pusher<'_> {
         if self
             .rest
             .as_ref()
-            .is_some_and(|(_, taken)| *taken >= EARLY_STREAM_BYTES)
+            .is_some_and(|(_, taken)| *taken >= self.stream_bytes.min(EARLY_STREAM_BYTES))
         {
             self.finish_rest();
         }
@@ -171,6 +184,8 @@ impl Pusher<'_> {
         let carries = path.cwnd as f64 / path.rtt.as_secs_f64().max(1e-6);
         let carries = carries.min(limit as f64);
         self.packer.path_carries(carries);
+        self.stream_bytes = ((carries * STREAM_TIME.as_secs_f64()) as usize)
+            .clamp(STREAM_BYTES_MIN, STREAM_BYTES_MAX);
         let session = self.session;
         session
             .path_bytes_s
@@ -180,9 +195,15 @@ impl Pusher<'_> {
     }
 
     /// A window goes on a stream of its own, ahead of what is waiting to be sent.
+    ///
+    /// Many faults bring more windows in a round trip than there may be streams. Those beyond go with the rest: waiting for
+    /// a stream would leave the path empty.
     async fn send_window(&mut self) -> Result<(), PushError> {
+        let Some(stream) = self.connection.open_uni().now_or_never() else {
+            return self.send_rest().await;
+        };
+        let mut stream = stream?;
         self.wait_for_limit().await;
-        let mut stream = self.connection.open_uni().await?;
         // Fails only for a stream that is closed; the write says so too. So does the finish.
         let _ = stream.set_priority(WINDOW_PRIORITY);
         stream.write_all_chunks(&mut self.chunks).await?;
@@ -199,12 +220,18 @@ impl Pusher<'_> {
         let bytes = self.wait_for_limit().await;
         let (mut stream, taken) = match self.rest.take() {
             Some(rest) => rest,
-            None => (self.connection.open_uni().await?, 0),
+            None => {
+                let stream = self.connection.open_uni().await?;
+                // Fails only for a stream that is closed; the write says so too.
+                let _ = stream.set_priority(self.priority);
+                self.priority = self.priority.saturating_sub(1).max(DIGEST_PRIORITY + 1);
+                (stream, 0)
+            }
         };
         stream.write_all_chunks(&mut self.chunks).await?;
         self.chunks.clear();
         self.rest = Some((stream, taken + bytes));
-        if taken + bytes >= STREAM_BYTES {
+        if taken + bytes >= self.stream_bytes {
             self.finish_rest();
         }
         Ok(())
@@ -281,7 +308,7 @@ async fn send_digests(
         };
         next = behind;
         let mut send = connection.open_uni().await?;
-        let _ = send.set_priority(-1);
+        let _ = send.set_priority(DIGEST_PRIORITY);
         send.write_all_chunks(&mut chunks).await?;
         let _ = send.finish();
     }

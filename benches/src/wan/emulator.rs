@@ -81,6 +81,9 @@ struct Shared {
     /// From when until when nothing goes through.
     blackout_from_ns: AtomicU64,
     blackout_to_ns: AtomicU64,
+    /// A path that the relay has not taken up yet.
+    change: Mutex<Option<PathConfig>>,
+    changed: AtomicBool,
     traffic: Mutex<Traffic>,
 }
 
@@ -141,6 +144,13 @@ impl Emulator {
             .blackout_from_ns
             .store(nanoseconds(from), Ordering::Relaxed);
         self.shared.blackout_to_ns.store(to, Ordering::Relaxed);
+    }
+
+    /// The path is another one from now on: its rate, its round trip, what it loses. What is under way arrives as it would
+    /// have.
+    pub fn change(&self, path: PathConfig) {
+        *lock(&self.shared.change) = Some(path);
+        self.shared.changed.store(true, Ordering::Release);
     }
 
     /// What has gone through so far.
@@ -225,6 +235,13 @@ impl Relay {
             let blackout = (self.shared.blackout_from_ns.load(Ordering::Relaxed)
                 ..self.shared.blackout_to_ns.load(Ordering::Relaxed))
                 .contains(&self.now_ns());
+            if self.shared.changed.swap(false, Ordering::Acquire)
+                && let Some(path) = lock(&self.shared.change).take()
+            {
+                self.queues
+                    .iter_mut()
+                    .for_each(|queue| queue.set_config(path));
+            }
             let mut more = false;
             for from in 0..2 {
                 self.queues[from].set_blackout(blackout);

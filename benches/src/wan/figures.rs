@@ -140,7 +140,8 @@ pub struct Figures {
     pub faults: u64,
     /// How long they took (`p50`, `p90`, `p99`, `max`); QEMU does not tell.
     pub fault_us: Option<Value>,
-    /// Bytes from the source by what the path carries from the pause until all was there; `None` without a rate.
+    /// Bytes of IP from the source, from the pause until all was there, by what the path carries in that time; `None` without a
+    /// rate.
     pub path_share: Option<f64>,
     /// Signs of life a second before.
     pub speed_before_hz: f64,

@@ -11,6 +11,7 @@ pub mod console;
 pub mod emulator;
 mod error;
 pub mod figures;
+pub mod flows;
 pub mod guest;
 mod lazyvm;
 mod namespace;
@@ -21,7 +22,7 @@ mod process;
 pub mod queue;
 mod report;
 mod snapshot;
-mod sys;
+pub(crate) mod sys;
 pub mod traffic;
 mod trial;
 

@@ -90,6 +90,11 @@ impl<T> PathQueue<T> {
         }
     }
 
+    /// The path is another one from now on. What is under way arrives as it would have, and nothing overtakes it.
+    pub fn set_config(&mut self, config: PathConfig) {
+        self.config = config;
+    }
+
     /// Whether nothing goes through from now on. What is under way arrives.
     pub fn set_blackout(&mut self, on: bool) {
         self.blackout = on;
@@ -291,6 +296,21 @@ mod tests {
         assert_eq!(path.pop(60 * MS), Some(0));
         path.set_blackout(false);
         assert_eq!(path.admit(2 * MS, 1250), Ok(52 * MS + 10_000));
+    }
+
+    #[test]
+    fn another_path_holds_for_what_comes_and_nothing_is_overtaken() {
+        let mut path = path(|_| ());
+        assert_eq!(path.admit(0, 1250), Ok(10_000 + 50 * MS));
+        path.set_config(PathConfig {
+            rtt: Duration::from_millis(20),
+            rate_bit_s: 100_000_000,
+            ..PathConfig::default()
+        });
+        // 100 µs each, and 10 ms of way; but behind the first.
+        assert_eq!(path.admit(MS, 1250), Ok(10_000 + 50 * MS));
+        assert_eq!(path.admit(60 * MS, 1250), Ok(70 * MS + 100_000));
+        assert_eq!(path.admit(60 * MS, 1250), Ok(70 * MS + 200_000));
     }
 
     proptest! {

@@ -253,13 +253,14 @@ impl<'a> Trial<'a> {
         })?;
         let zero_us = order.us(self.emulator.started_at);
         let bins = (0..).zip(self.emulator.traffic().bins);
+        let bytes: Vec<(i64, u64)> = bins
+            .map(|(bin, bytes)| (zero_us + bin * BIN_MS as i64 * 1000, bytes[0]))
+            .collect();
         Ok(Record {
-            figures: self.figures(order, told, &life, &until_complete),
+            figures: self.figures(order, told, &life, &until_complete, &bytes),
             complete_us: order.us(told.complete_at),
             end_us,
-            bytes: bins
-                .map(|(bin, bytes)| (zero_us + bin * BIN_MS as i64 * 1000, bytes[0]))
-                .collect(),
+            bytes,
             faults: told
                 .faults_over_time
                 .iter()
@@ -275,11 +276,17 @@ impl<'a> Trial<'a> {
         told: &Told,
         life: &Life,
         until_complete: &Traffic,
+        bytes: &[(i64, u64)],
     ) -> Figures {
         let complete_us = order.us(told.complete_at);
         let after_pause_us = complete_us - life.left_at_us;
         let path = until_complete.totals.since(order.before.totals);
         let carried = self.setup.path.rate_bit_s as f64 / 8.0 * after_pause_us as f64 / 1e6;
+        let after_pause: u64 = bytes
+            .iter()
+            .filter(|(at_us, _)| (life.left_at_us..complete_us).contains(at_us))
+            .map(|(_, bytes)| bytes)
+            .sum();
         let cpu_us = until_complete.relay_cpu_us - order.before.relay_cpu_us;
         Figures {
             first_sign_ms: ms(life.first_sign_us),
@@ -291,7 +298,7 @@ impl<'a> Trial<'a> {
             bytes_wire: path.bytes_from_source,
             faults: told.faults,
             fault_us: told.fault_us.clone(),
-            path_share: (carried > 0.0).then(|| path.bytes_from_source as f64 / carried),
+            path_share: (carried > 0.0).then(|| after_pause as f64 / carried),
             speed_before_hz: life.speed_before_hz,
             speed_after_hz: life.speed_after_hz,
             ticks_out_of_order: life.out_of_order,

@@ -16,7 +16,7 @@ pub enum Rival {
 }
 
 /// The queue that one flow keeps at a gigabit a second.
-const TARGET: Duration = Duration::from_micros(1200);
+const TARGET: Duration = Duration::from_micros(600);
 const TARGET_RATE: f64 = 125e6;
 
 /// The queue that the slowest flow keeps.
@@ -40,8 +40,8 @@ const START_PACKETS: f64 = 16.0;
 /// How far the start goes beyond the path: a doubling, and what comes until the queue is seen.
 const START_OVERSHOOT: f64 = 2.5;
 
-/// A round's share of lost packets that ends the start.
-const START_LOSS: f64 = 0.02;
+/// A round's share of lost packets that ends the start; the path's own errors may be as many as half of that.
+const START_LOSS: f64 = 0.06;
 
 /// A round's share of lost packets that no error of the path explains.
 const HEAVY_LOSS: f64 = 0.1;
@@ -51,6 +51,20 @@ const LIGHT_LOSS: f64 = 0.005;
 
 /// The least part of the target that is tried where the buffer is small.
 const SCALE_MIN: f64 = 1.0 / 8.0;
+
+/// Losses that are no more than so many times those with the least target are the path's own: no buffer overflows.
+const OWN_LOSS: f64 = 2.0;
+
+/// What a round trip has beyond the path's own without a queue, and this part of the path's own at most: what joins
+/// interrupts and packets, at both ends and between them, is met by all packets of a busy path and by few of a quiet one.
+const SLACK: Duration = Duration::from_micros(400);
+const SLACK_SHARE: u32 = 64;
+
+/// Part of what is missing to what the path has carried lately that a window grows by where no queue shows.
+const GAP_SHARE: f64 = 0.5;
+
+/// The same, of the window itself at most: what the path has carried it may not carry any more.
+const STEP_SHARE: f64 = 0.125;
 
 /// Growth of a shared window in a round, where the round trip does not grow with it.
 const SHARE_GROWTH: f64 = 0.01;
@@ -74,7 +88,7 @@ const HIDDEN_AGE: Duration = Duration::from_secs(300);
 const DRAIN: f64 = 0.85;
 
 /// A queue longer than so many times this flow's own, and this much, is another's.
-const RIVAL_RATIO: f64 = 6.0;
+const RIVAL_RATIO: f64 = 12.0;
 const RIVAL_DELAY: Duration = Duration::from_millis(5);
 
 /// Part of that which is enough where a rival was seen lately.
@@ -82,6 +96,11 @@ const RIVAL_DOUBT: f64 = 0.4;
 
 /// How long the queue is shared before a drained round shows whether the rival is still there.
 const SHARE_TIME: Duration = Duration::from_secs(4);
+
+/// Queue beyond the target that is kept for jitter: this part of it, or, where it is much, all that is more than
+/// `NOISE_USUAL` twice. Twice of all would let the queue swing by itself: its own swings are taken for jitter.
+const NOISE_SHARE: f64 = 0.75;
+const NOISE_USUAL: f64 = 0.000_5;
 
 /// Seconds of jitter that are left out of account.
 const NOISE_MAX: f64 = 0.005;
@@ -144,6 +163,8 @@ pub struct Core {
     /// By how much the standing round trip changes from round to round, in seconds.
     noise: f64,
     standing_before: f64,
+    /// In the round before there was not always something to send.
+    idle_before: bool,
     /// The standing round trip of the last shared round, in seconds.
     standing_shared: f64,
     /// And of the last drained one.
@@ -162,6 +183,8 @@ pub struct Core {
     open: u32,
     /// Part of the target that the path's buffer holds.
     scale: f64,
+    /// Share of packets that is lost with the least target.
+    own_loss: f64,
 }
 
 impl Core {
@@ -183,6 +206,7 @@ impl Core {
             rate_most: 0.0,
             noise: 0.0,
             standing_before: 0.0,
+            idle_before: false,
             standing_shared: 0.0,
             standing_drained: Duration::ZERO,
             same_drains: 0,
@@ -192,6 +216,7 @@ impl Core {
             window_ahead: None,
             open: 0,
             scale: 1.0,
+            own_loss: 0.0,
         }
     }
 
@@ -236,8 +261,8 @@ impl Core {
                 self.window += bytes as f64;
             }
             // Few packets far apart are acknowledged late; that is no queue.
-            let dense = !app_limited && self.round.acked > START_PACKETS * self.packet;
-            if dense && self.queueing() > self.start_delay() {
+            let dense = self.is_dense(&self.round);
+            if dense && !app_limited && self.queueing() > self.start_delay() {
                 self.end_start(now);
             }
         }
@@ -304,7 +329,7 @@ impl Core {
             self.rates.insert(rate);
         }
         self.remember_rate(now - round.began);
-        self.watch_noise();
+        self.watch_noise(round.idle);
         self.queues.insert(self.queueing().as_secs_f64());
         self.fit_to_buffer(loss);
         tracing::trace!(
@@ -319,7 +344,7 @@ impl Core {
             "round"
         );
         match &self.phase {
-            Phase::Start if loss > START_LOSS => self.end_start(now),
+            Phase::Start if loss > START_LOSS && self.is_dense(&round) => self.end_start(now),
             Phase::Steady => self.steer(now, &round, rate, heavy),
             Phase::Drain { until, shared } if now >= *until => self.end_drain(now, shared.clone()),
             Phase::Share { cubic, since, .. } if now > *since + SHARE_TIME => {
@@ -333,7 +358,7 @@ impl Core {
     /// A round of FAST's law, towards a window that keeps the target's bytes in the queue.
     fn steer(&mut self, now: Duration, round: &Round, rate: f64, heavy_loss: bool) {
         let base = self.base.get().unwrap_or_default().as_secs_f64();
-        let standing = self.standing.get().unwrap_or_default().as_secs_f64();
+        let standing = base + self.standing_queue().as_secs_f64();
         let target = self.target();
         if self.meets_rival(now) {
             return;
@@ -355,16 +380,24 @@ impl Core {
         self.open = if wider { self.open + 1 } else { 0 };
         let known = self.window < 0.98 * self.rate_most * base;
         let after = if known { HASTE_AFTER } else { HASTE_LATE };
-        let room = target * 2_f64.powi(self.open.saturating_sub(after).min(20) as i32);
+        if known {
+            // What lies beyond is found out from the beginning.
+            self.open = self.open.min(HASTE_LATE);
+        }
+        let mut room = target * 2_f64.powi(self.open.saturating_sub(after).min(20) as i32);
+        if known && self.open > HASTE_AFTER {
+            let gap = self.rate_most * base - self.window;
+            room = room.max((GAP_SHARE * gap).min(STEP_SHARE * self.window));
+        }
         let goal = self.window * base / standing.max(1e-9) + room;
         let most = self.rates.max() * self.rtt.as_secs_f64() + 2.0 * room;
         let most = most.min(2.0 * self.window);
         self.window = (self.window + GAIN * (goal - self.window)).min(most);
     }
 
-    /// A rival takes from the rate, but not from what the path can carry.
+    /// A rival takes from the rate, but not from what the path can carry; nor does a window that is too small.
     fn remember_rate(&mut self, elapsed: Duration) {
-        if self.window_ahead.is_none() && !self.is_sharing() {
+        if self.window_ahead.is_none() && !self.is_sharing() && self.open == 0 {
             self.rate_most *= (-elapsed.as_secs_f64() / BASE_AGE.as_secs_f64()).exp();
         }
         self.rate_most = self.rate_most.max(self.rates.max());
@@ -374,18 +407,26 @@ impl Core {
         matches!(self.phase, Phase::Share { .. } | Phase::Drain { .. })
     }
 
-    /// Jitter that is left in the standing round trip is no queue, and is not to be fought.
-    fn watch_noise(&mut self) {
+    /// Jitter that is left in the standing round trip is no queue, and is not to be fought. A queue that comes and goes
+    /// with what there is to send is no jitter.
+    fn watch_noise(&mut self, idle: bool) {
         let standing = self.standing.get().unwrap_or_default().as_secs_f64();
         let change = (standing - self.standing_before).abs().min(NOISE_MAX);
         self.standing_before = standing;
-        self.noise += (change - self.noise) / 8.0;
+        if !idle && !self.idle_before {
+            self.noise += (change - self.noise) / 8.0;
+        }
+        self.idle_before = idle;
     }
 
     /// A buffer that holds less than the target loses some of every round, without a delay that would tell.
     fn fit_to_buffer(&mut self, loss: f64) {
-        let short = self.queueing() < self.target_delay() / 2;
-        self.scale = if loss > LIGHT_LOSS && short {
+        let short = self.standing_queue() < self.target_delay() / 2;
+        if self.scale <= SCALE_MIN {
+            self.own_loss += (loss - self.own_loss) / 4.0;
+        }
+        let much = loss > LIGHT_LOSS.max(OWN_LOSS * self.own_loss);
+        self.scale = if much && short {
             (self.scale / 2.0).max(SCALE_MIN)
         } else {
             (self.scale * 1.05).min(1.0)
@@ -506,6 +547,18 @@ impl Core {
         self.standing.get().unwrap_or_default().saturating_sub(base)
     }
 
+    /// The queue, without what is none.
+    fn standing_queue(&self) -> Duration {
+        let base = self.base.get().unwrap_or_default();
+        self.queueing()
+            .saturating_sub(SLACK.min(base / SLACK_SHARE))
+    }
+
+    /// Whether a round's packets are enough to say something.
+    fn is_dense(&self, round: &Round) -> bool {
+        round.acked > START_PACKETS * self.packet
+    }
+
     /// Bytes that the path holds without a queue.
     fn path_bytes(&self) -> f64 {
         self.rates.max() * self.base.get().unwrap_or_default().as_secs_f64()
@@ -518,7 +571,8 @@ impl Core {
     }
 
     fn target_of(&self, rate: f64) -> f64 {
-        self.quiet_target(rate) + 2.0 * rate * self.noise
+        let much = 2.0 * (self.noise - NOISE_USUAL);
+        self.quiet_target(rate) + rate * much.max(NOISE_SHARE * self.noise)
     }
 
     /// The target on a path without jitter.

@@ -190,3 +190,23 @@ fn comes_back_after_the_dark() {
     let rates = simulation.run(2 * SECOND);
     assert!(share(&rates, &path) > 0.9);
 }
+
+#[test]
+fn errors_at_the_start_and_late_wake_ups_do_not_keep_it_slow() {
+    // As on a real host: nothing is as early again as the first packets were, and there is little to send at first.
+    for loss in [0.0, 0.01, 0.03] {
+        let path = Path {
+            loss,
+            ..Path::new(1000.0, 100)
+        };
+        let mut simulation = alone(path);
+        simulation.run(Duration::from_millis(150));
+        simulation.flows[0].on = false;
+        simulation.run(SECOND);
+        simulation.flows[0].on = true;
+        simulation.path.rtt += Duration::from_micros(350);
+        simulation.run(3 * SECOND);
+        let rates = simulation.run(3 * SECOND);
+        assert!(share(&rates, &path) > 0.85, "{loss}: {rates:?}");
+    }
+}
