@@ -36,8 +36,11 @@ struct ScanArguments {
 
 const _: () = assert!(size_of::<ScanArguments>() == 96 && size_of::<PageRegion>() == 24);
 
-/// `PAGE_IS_PRESENT` and `PAGE_IS_SWAPPED` of `linux/fs.h`.
-const PAGE_IS_THERE: u64 = 1 << 3 | 1 << 4;
+/// `PAGE_IS_PRESENT` of `linux/fs.h`.
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+
+/// The same or `PAGE_IS_SWAPPED`, which a mark of write protection looks like too.
+const PAGE_IS_THERE: u64 = PAGE_IS_PRESENT | 1 << 4;
 
 /// `PAGE_IS_PFNZERO`.
 const PAGE_IS_ZERO: u64 = 1 << 5;
@@ -63,6 +66,23 @@ pub(crate) fn scan_present(
         category_mask: PAGE_IS_ZERO,
         category_anyof_mask: PAGE_IS_THERE,
         return_mask: PAGE_IS_THERE,
+        ..ScanArguments::default()
+    };
+    scan(pagemap, start, end, &query, each)
+}
+
+/// Calls `each` with every run of pages that are mapped, from `start` to `end`: neither a mark of write protection counts
+/// nor what is swapped out. That of shared memory is not seen.
+pub(crate) fn scan_mapped(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    each: &mut dyn FnMut(u64, u64),
+) -> Result<(), Errno> {
+    let query = ScanArguments {
+        category_inverted: PAGE_IS_ZERO,
+        category_mask: PAGE_IS_ZERO | PAGE_IS_PRESENT,
+        return_mask: PAGE_IS_PRESENT,
         ..ScanArguments::default()
     };
     scan(pagemap, start, end, &query, each)
