@@ -64,12 +64,12 @@ pub fn sim(args: &SimArgs) -> anyhow::Result<Exit> {
 
 fn table(outcomes: &[Outcome]) -> String {
     let mut text = format!(
-        "{:14} {:>9} {:>9} {:>9} {:>9} {:>7} {:>9} {:>8} {:>9}\n",
+        "{:19} {:>9} {:>9} {:>9} {:>9} {:>7} {:>9} {:>8} {:>9}\n",
         "policy", "freeze", "first", "recovered", "total", "stalls", "full RTT", "share", "limit"
     );
     for outcome in outcomes {
         text += &format!(
-            "{:14} {:6.0} ms {:6.0} ms {:6.0} ms {:6.0} ms {:>7} {:>9} {:7.2}% {:6.0} ms\n",
+            "{:19} {:6.0} ms {:6.0} ms {:6.0} ms {:6.0} ms {:>7} {:>9} {:7.2}% {:6.0} ms\n",
             outcome.policy,
             outcome.freeze_ms,
             outcome.first_sign_ms,

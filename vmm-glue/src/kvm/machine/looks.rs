@@ -26,9 +26,10 @@ impl Shared {
             Phase::Incoming => return Err(OperationError::Incoming),
             Phase::Stopped(reason) => return Err(OperationError::Stopped(reason)),
             Phase::Paused => {
-                let vcpus = self.slots.iter().map(|slot| {
-                    registers_of(&lock(&slot.vcpu)).map_err(OperationError::Registers)
-                });
+                let vcpus = self
+                    .slots
+                    .iter()
+                    .map(|slot| registers_of(&lock(&slot.vcpu)).map_err(OperationError::Registers));
                 return vcpus.collect();
             }
             Phase::Running => {}
