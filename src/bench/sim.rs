@@ -58,7 +58,11 @@ pub fn sim(args: &SimArgs) -> anyhow::Result<Exit> {
         Some(path) => write(path, &json)?,
         None => {}
     }
-    std::io::stdout().write_all(table(&outcomes).as_bytes())?;
+    let cost = format!(
+        "When it was recorded, a fault cost {} µs.\n",
+        replay.fault_cost_us()
+    );
+    std::io::stdout().write_all((table(&outcomes) + &cost).as_bytes())?;
     Ok(Exit::Done)
 }
 

@@ -33,8 +33,7 @@ pub struct Replay {
     order: Arc<VirtualOrder>,
     /// Computing time before each touch, in nanoseconds.
     computing: Vec<u64>,
-    /// What a fault is taken to have cost when it was recorded, in microseconds.
-    pub cost_us: u64,
+    fault_cost_us: u64,
 }
 
 /// What came of a replay. Times in milliseconds from the pause.
@@ -139,10 +138,15 @@ impl Replay {
                 .iter()
                 .map(|gap| gap.saturating_sub(cost) * 1000)
                 .collect(),
-            cost_us: cost,
+            fault_cost_us: cost,
             trace,
             order,
         })
+    }
+
+    /// What a fault is taken to have cost when the trace was recorded, in microseconds: not counted as computing.
+    pub fn fault_cost_us(&self) -> u64 {
+        self.fault_cost_us
     }
 
     /// Runs it.
