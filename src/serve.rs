@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
 use lazyvm_server::port::SourceMachine;
+use lazyvm_server::scheduler::Policy;
 use lazyvm_server::trace::Recorder;
 use lazyvm_server::{EndReason, Phase, Rival, Server, SessionConfig, SessionHandle, SessionRecord};
 use lazyvm_vmm_glue::firecracker::api::Api;
@@ -83,6 +85,9 @@ pub struct ServeArgs {
     /// Have a Firecracker write its memory to a file here at the hand-over, and serve that [default: read it from its process]
     #[arg(long, value_name = "DIR", requires = "firecracker")]
     scratch: Option<PathBuf>,
+    /// Leave a part of what is sent first out, by the names of `bench sim`, for comparisons
+    #[arg(long, value_name = "NAME", default_value = "full", hide = true, value_parser = PossibleValuesParser::new(Policy::ALL.map(|policy| policy.name)))]
+    policy: String,
     /// Write to this file which pages the VM touches after the pause, for `bench sim`; nothing is pushed meanwhile
     #[arg(long, value_name = "FILE", hide = true)]
     record_trace: Option<PathBuf>,
@@ -213,6 +218,7 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
         mode: args.mode.into(),
         precopy_limit: args.precopy_limit,
         downtime_limit: args.downtime_limit,
+        policy: Policy::named(&args.policy).unwrap_or_default(),
         record,
         trace: args
             .record_trace

@@ -19,7 +19,7 @@ use crate::handover::{Action, EndReason, Event, Handover, Phase};
 use crate::port::{DirtyTracker, Hints, Profile, Scout, SourceMachine};
 use crate::record::SessionRecord;
 use crate::rounds::Mode;
-use crate::scheduler::{Batch, PushScheduler, VirtualOrder};
+use crate::scheduler::{Batch, Policy, PushScheduler, VirtualOrder};
 use crate::trace::{Recorder, Trace};
 
 /// What a session is made of.
@@ -42,6 +42,8 @@ pub struct SessionConfig {
     pub precopy_limit: Option<Duration>,
     /// How long the machine may stand still for what is left in [`Mode::Precopy`].
     pub downtime_limit: Duration,
+    /// What is pushed first; any but the whole is there for comparisons.
+    pub policy: Policy,
     /// Where the session is recorded; `None` for a machine whose loss nobody minds (benchmarks, tests).
     pub record: Option<SessionRecord>,
     /// Records which pages the machine touches, for the simulator; nothing is pushed meanwhile.
@@ -60,6 +62,7 @@ impl SessionConfig {
             mode: Mode::default(),
             precopy_limit: None,
             downtime_limit: DOWNTIME_LIMIT,
+            policy: Policy::default(),
             record: None,
             trace: None,
         }
@@ -377,14 +380,7 @@ impl Session {
         let residual = self.take_residual();
         Look {
             order: Arc::new(VirtualOrder::new(&hints.virtual_order)),
-            lead: [
-                hints.tables,
-                hints.processor,
-                residual,
-                hints.code,
-                hints.hot,
-            ]
-            .concat(),
+            lead: Policy::lead(&hints, &residual),
         }
     }
 
@@ -460,11 +456,12 @@ impl Session {
         let Some(scout) = &mut *lock(&self.scout) else {
             return Hints::default();
         };
-        scout.look_paused().unwrap_or_else(|error| {
+        let hints = scout.look_paused().unwrap_or_else(|error| {
             let error = describe(error.as_ref());
             tracing::warn!(session = %self.id, %error, "can't find out what the machine needs first; the push goes from front to back");
             Hints::default()
-        })
+        });
+        self.config.policy.keep(hints)
     }
 
     fn page_map(&self) -> Result<PageMap, String> {
@@ -530,6 +527,7 @@ impl Session {
         let mut push = PushScheduler::new(map, self.config.machine.layout().clone());
         push.lead_with(lead.iter().copied());
         push.order_by(order);
+        push.choose(self.config.policy.neighbours);
         *lock(&self.push) = Some(push);
         self.push_wake.notify_waiters();
     }

@@ -31,6 +31,7 @@ const UNKNOWN_PATH: f64 = 125e6;
 /// The machine can't be moved in the mode that was asked for; it runs on.
 pub(crate) async fn warm_up(session: Arc<Session>, early: bool) -> Result<(), String> {
     let mode = session.config.mode;
+    let early = early && session.config.policy.early;
     let wants_all = matches!(mode, Mode::Hybrid | Mode::Precopy);
     if mode == Mode::Stop || (!wants_all && session.config.warm_up.is_zero()) {
         return Ok(());
@@ -165,7 +166,7 @@ async fn look(
         (scout, result)
     });
     match job.await {
-        Ok((scout, Ok(hints))) => (Some(scout), hints),
+        Ok((scout, Ok(hints))) => (Some(scout), session.config.policy.keep(hints)),
         Ok((_, Err(error))) => {
             let error = describe(error.as_ref());
             tracing::warn!(session = %session.id, %error, "can't watch what the machine uses");

@@ -58,18 +58,22 @@ pub fn sim(args: &SimArgs) -> anyhow::Result<Exit> {
         Some(path) => write(path, &json)?,
         None => {}
     }
-    std::io::stdout().write_all(table(&outcomes).as_bytes())?;
+    let cost = format!(
+        "When it was recorded, a fault cost {} µs.\n",
+        replay.fault_cost_us()
+    );
+    std::io::stdout().write_all((table(&outcomes) + &cost).as_bytes())?;
     Ok(Exit::Done)
 }
 
 fn table(outcomes: &[Outcome]) -> String {
     let mut text = format!(
-        "{:14} {:>9} {:>9} {:>9} {:>9} {:>7} {:>9} {:>8} {:>9}\n",
+        "{:19} {:>9} {:>9} {:>9} {:>9} {:>7} {:>9} {:>8} {:>9}\n",
         "policy", "freeze", "first", "recovered", "total", "stalls", "full RTT", "share", "limit"
     );
     for outcome in outcomes {
         text += &format!(
-            "{:14} {:6.0} ms {:6.0} ms {:6.0} ms {:6.0} ms {:>7} {:>9} {:7.2}% {:6.0} ms\n",
+            "{:19} {:6.0} ms {:6.0} ms {:6.0} ms {:6.0} ms {:>7} {:>9} {:7.2}% {:6.0} ms\n",
             outcome.policy,
             outcome.freeze_ms,
             outcome.first_sign_ms,

@@ -2,9 +2,8 @@
 //! virtual time with the scheduler that the server runs.
 
 pub mod link;
-pub mod policy;
 pub mod replay;
 
+pub use lazyvm_server::scheduler::Policy;
 pub use link::Link;
-pub use policy::Policy;
 pub use replay::{Outcome, Replay};

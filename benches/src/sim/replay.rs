@@ -33,6 +33,7 @@ pub struct Replay {
     order: Arc<VirtualOrder>,
     /// Computing time before each touch, in nanoseconds.
     computing: Vec<u64>,
+    fault_cost_us: u64,
 }
 
 /// What came of a replay. Times in milliseconds from the pause.
@@ -128,19 +129,24 @@ impl Replay {
             .iter()
             .map(|touch| touch.at_us - std::mem::replace(&mut before, touch.at_us))
             .collect();
-        // Faults right behind each other have a fault's cost between them and little else.
         let mut sorted = gaps.clone();
         sorted.sort_unstable();
-        let cost = sorted.get(sorted.len() / 10).copied().unwrap_or(0);
+        let cost = mode(&sorted);
         Ok(Self {
             layout: Layout::flat(trace.pages)?,
             computing: gaps
                 .iter()
                 .map(|gap| gap.saturating_sub(cost) * 1000)
                 .collect(),
+            fault_cost_us: cost,
             trace,
             order,
         })
+    }
+
+    /// What a fault is taken to have cost when the trace was recorded, in microseconds: not counted as computing.
+    pub fn fault_cost_us(&self) -> u64 {
+        self.fault_cost_us
     }
 
     /// Runs it.
@@ -197,7 +203,7 @@ impl Replay {
             }
         }
         let mut scheduler = PushScheduler::new(&PageMap::from_bits(missing), self.layout.clone());
-        scheduler.lead_with(policy.lead(&self.trace.hints));
+        scheduler.lead_with(Policy::lead(&policy.keep(self.trace.hints.clone()), &[]));
         scheduler.order_by(self.order.clone());
         scheduler.choose(policy.neighbours);
         Source {
@@ -236,6 +242,24 @@ impl Replay {
             limit_ms: ms(start + needed * link.page_ns()),
         }
     }
+}
+
+/// Where these values, ascending, are densest: the shorter half of the shorter half and so on (the half-sample mode:
+/// Robertson, Cryer: An Iterative Procedure for Estimating the Mode, 1974). Of the times between touches that is what a
+/// fault costs: most of them have little else in them, and what computing they have is of any length.
+fn mode(mut sorted: &[u64]) -> u64 {
+    while sorted.len() > 2 {
+        let half = sorted.len().div_ceil(2);
+        let shortest = sorted
+            .windows(half)
+            .min_by_key(|half| half[half.len() - 1] - half[0]);
+        match shortest {
+            Some(shortest) => sorted = shortest,
+            None => break,
+        }
+    }
+    let sum: u64 = sorted.iter().sum();
+    sum / sorted.len().max(1) as u64
 }
 
 fn ms(ns: u64) -> f64 {

@@ -33,6 +33,8 @@ pub struct Tick {
     pub moved: bool,
     /// The guest's own count.
     pub number: u64,
+    /// How many touches it has made so far.
+    pub touches: u64,
     /// How often it found wrong contents so far.
     pub errors: u64,
 }
@@ -154,10 +156,11 @@ fn take(bytes: &[u8], line: &mut Vec<u8>, moved: bool, shared: &Shared) {
         let text = String::from_utf8_lossy(line).trim().to_owned();
         line.clear();
         match parse(&text) {
-            Some((number, errors)) => lock(&shared.ticks).push(Tick {
+            Some([number, touches, errors]) => lock(&shared.ticks).push(Tick {
                 at,
                 moved,
                 number,
+                touches,
                 errors,
             }),
             None => {
@@ -170,12 +173,14 @@ fn take(bytes: &[u8], line: &mut Vec<u8>, moved: bool, shared: &Shared) {
     }
 }
 
-/// Number and errors of `tick 123 touches 45678 errors 0`.
-fn parse(line: &str) -> Option<(u64, u64)> {
+/// Number, touches and errors of `tick 123 touches 45678 errors 0`.
+fn parse(line: &str) -> Option<[u64; 3]> {
     match line.split(' ').collect::<Vec<_>>()[..] {
-        ["tick", number, "touches", _, "errors", errors] => {
-            Some((number.parse().ok()?, errors.parse().ok()?))
-        }
+        ["tick", number, "touches", touches, "errors", errors] => Some([
+            number.parse().ok()?,
+            touches.parse().ok()?,
+            errors.parse().ok()?,
+        ]),
         _ => None,
     }
 }
@@ -233,9 +238,9 @@ mod tests {
         let ticks = console.ticks();
         let seen: Vec<_> = ticks
             .iter()
-            .map(|t| (t.number, t.errors, t.moved))
+            .map(|t| (t.number, t.touches, t.errors, t.moved))
             .collect();
-        assert_eq!(seen, [(1, 0, false), (2, 3, true)]);
+        assert_eq!(seen, [(1, 9, 0, false), (2, 10, 3, true)]);
         assert_eq!(console.others(), "filled");
     }
 }

@@ -138,6 +138,11 @@ pub struct Figures {
     pub bytes_wire: u64,
     /// Pages that a vCPU waited for, as the mover counts them.
     pub faults: u64,
+    /// Pages that the guest's workload touched from its last sign of life at the source until all was there, each counted
+    /// once; `None` where its draws are not known.
+    pub touched_pages: Option<u64>,
+    /// `faults` by `touched_pages`: no more than this waited for a round trip.
+    pub fault_share: Option<f64>,
     /// How long they took (`p50`, `p90`, `p99`, `max`); QEMU does not tell.
     pub fault_us: Option<Value>,
     /// Bytes of IP from the source, from the pause until all was there, by what the path carries in that time; `None` without a

@@ -38,7 +38,7 @@ const fn row(name: &'static str, path: &'static [&'static str], unit: f64, decim
     }
 }
 
-const ROWS: [Row; 18] = [
+const ROWS: [Row; 20] = [
     row("first sign of life, ms", &["first_sign_ms"], 1.0, 0),
     row("freeze, ms", &["freeze_ms"], 1.0, 0),
     row("back to 80% of its speed, ms", &["recovered_ms"], 1.0, 0),
@@ -48,6 +48,8 @@ const ROWS: [Row; 18] = [
     row("bytes on the wire, MB", &["bytes_wire"], 1e6, 1),
     row("share of the path's rate, %", &["path_share"], 0.01, 1),
     row("faults", &["faults"], 1.0, 0),
+    row("pages touched until complete", &["touched_pages"], 1.0, 0),
+    row("faults of those, %", &["fault_share"], 0.01, 2),
     row("fault p50, ms", &["fault_us", "p50"], 1e3, 1),
     row("fault p90, ms", &["fault_us", "p90"], 1e3, 1),
     row("fault p99, ms", &["fault_us", "p99"], 1e3, 1),

@@ -287,6 +287,7 @@ impl<'a> Trial<'a> {
             .filter(|(at_us, _)| (life.left_at_us..complete_us).contains(at_us))
             .map(|(_, bytes)| bytes)
             .sum();
+        let touched_pages = self.touched_pages(told.complete_at);
         let cpu_us = until_complete.relay_cpu_us - order.before.relay_cpu_us;
         Figures {
             first_sign_ms: ms(life.first_sign_us),
@@ -297,6 +298,8 @@ impl<'a> Trial<'a> {
             downtime_us: told.downtime_us,
             bytes_wire: path.bytes_from_source,
             faults: told.faults,
+            touched_pages,
+            fault_share: touched_pages.map(|pages| told.faults as f64 / pages.max(1) as f64),
             fault_us: told.fault_us.clone(),
             path_share: (carried > 0.0).then(|| after_pause as f64 / carried),
             speed_before_hz: life.speed_before_hz,
@@ -304,6 +307,17 @@ impl<'a> Trial<'a> {
             ticks_out_of_order: life.out_of_order,
             path,
             emulator_cpu_share: cpu_us as f64 / complete_us.max(1) as f64,
+        }
+    }
+
+    /// By the guest's own counts of touches, from its last tick at the source to its last tick until then.
+    fn touched_pages(&self, until: Instant) -> Option<u64> {
+        let ticks = self.console.ticks();
+        let from = ticks.iter().rfind(|tick| !tick.moved)?.touches;
+        let to = ticks.iter().rfind(|tick| tick.at <= until)?.touches;
+        match self.setup.guest {
+            Guest::Qemu => Some(guest::distinct_pages(&self.setup.workload, from, to)),
+            Guest::Payload => None,
         }
     }
 

@@ -6,6 +6,7 @@
 //! and tells the scheduler afterwards, so that they are not pushed again.
 
 mod order;
+pub mod policy;
 pub mod windows;
 
 use std::collections::VecDeque;
@@ -15,6 +16,7 @@ use bitvec::prelude::{BitVec, Lsb0};
 use lazyvm_wire::{Backing, Layout, PageIndex, PageMap, PageRange};
 
 pub use order::{ORDER_PAGES_MAX, VirtualOrder};
+pub use policy::Policy;
 use windows::{Axis, Piece, Windows};
 
 /// Which neighbours of a fault go first.

@@ -35,7 +35,7 @@ fn what_lies_around_a_fault_goes_first_and_the_newest_fault_leads() {
         let batch = scheduler.next(64).unwrap();
         (batch.urgency, batch.range)
     };
-    for window in [run(801, 8), run(501, 8), run(792, 8), run(492, 8)] {
+    for window in [run(801, 16), run(501, 16), run(784, 16), run(484, 16)] {
         assert_eq!(next(), (Urgency::Window, window));
     }
     assert_eq!(next(), (Urgency::Rest, run(0, 64)));
@@ -90,15 +90,7 @@ fn a_huge_page_goes_whole_and_not_together_with_small_ones() {
         .iter()
         .map(|b| (b.range.first.0, b.range.count, b.whole))
         .collect();
-    assert_eq!(
-        shape,
-        [
-            (100, 512, true),
-            (91, 8, false),
-            (90, 1, false),
-            (612, 512, true)
-        ]
-    );
+    assert_eq!(shape, [(100, 512, true), (90, 9, false), (612, 512, true)]);
 }
 
 #[derive(Clone, Debug)]

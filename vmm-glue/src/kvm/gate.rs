@@ -134,6 +134,17 @@ impl Gate {
         }
     }
 
+    /// Calls every vCPU, for what it looks after by itself when it is called; whether the machine runs. `call` as for
+    /// [`Gate::change`].
+    pub(super) fn call(&self, call: impl FnOnce()) -> bool {
+        let state = lock(&self.state);
+        let runs = state.phase == Phase::Running;
+        if runs {
+            call();
+        }
+        runs
+    }
+
     /// Moves to `next` if `allowed` says so of the present phase, calling the vCPUs out by `call`: it sets each
     /// one's `immediate_exit`, then signals it. Gives the phase before.
     pub(super) fn change(

@@ -5,11 +5,11 @@
 //! |---|---|
 //! | [`machine`] | a machine from start to end |
 //! | `hardware`, `memory`, `boot`, `touch` | what it is made of and what runs in it |
-//! | `gate`, `vcpu`, `devices`, `serial` | how it runs |
+//! | `gate`, `vcpu`, `glance`, `devices`, `serial` | how it runs |
 //! | `cpuid`, `compatibility`, [`state`] | what moves, and whether it may |
 //! | [`control`] | the socket at which a machine is asked and told |
 //! | [`source`], [`destination`] | the two ends of a move |
-//! | `tracker` | which pages a machine writes |
+//! | `tracker`, `scout` | which pages a machine writes, and which it needs first |
 //! | `sys` | what cannot be said to KVM in safe Rust |
 
 mod boot;
@@ -20,9 +20,11 @@ pub mod destination;
 mod devices;
 mod exit;
 mod gate;
+mod glance;
 mod hardware;
 pub mod machine;
 mod memory;
+mod scout;
 mod serial;
 pub mod source;
 pub mod state;

@@ -6,13 +6,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use lazyvm_server::port::{DirtyTracker, MachineError, SourceMachine, SourceMemory};
+use lazyvm_server::port::{DirtyTracker, MachineError, Scout, SourceMachine, SourceMemory};
 use lazyvm_wire::{Layout, MachineOffer, PAGE_SIZE, PageIndex, PageRange};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use super::control::{ControlClient, ControlError};
 use super::lock;
+use super::scout::KvmScout;
 use super::tracker::KvmTracker;
 
 /// A machine that runs in another process, reached by its control socket.
@@ -123,6 +124,15 @@ impl SourceMachine for RemoteMachine {
 
     fn memory(&self) -> Arc<dyn SourceMemory> {
         Arc::clone(&self.memory) as _
+    }
+
+    fn scout(&self) -> Option<Box<dyn Scout>> {
+        Some(Box::new(KvmScout::new(
+            self.path.clone(),
+            self.id.clone(),
+            &self.layout,
+            self.memory(),
+        )))
     }
 
     fn tracker(&self) -> Option<Box<dyn DirtyTracker>> {

@@ -84,7 +84,7 @@ impl Drop for KvmTracker {
 }
 
 /// Calls `each` with each run of set bits among the first `pages`.
-fn runs(bitmap: &[u8], pages: u64, each: &mut dyn FnMut(PageRange)) {
+pub(super) fn runs(bitmap: &[u8], pages: u64, each: &mut dyn FnMut(PageRange)) {
     let mut start = None;
     for page in 0..pages {
         let byte = bitmap.get((page / 8) as usize).copied().unwrap_or(0);

@@ -11,6 +11,7 @@ use vmm_sys_util::errno;
 use super::devices::Devices;
 use super::exit::ExitReason;
 use super::gate::{Gate, Order};
+use super::glance::Glance;
 use super::lock;
 use super::sys::{ImmediateExit, Vcpu};
 
@@ -22,6 +23,8 @@ pub(super) struct Slot {
     pub(super) cpu: u32,
     pub(super) vcpu: Mutex<Vcpu>,
     pub(super) immediate_exit: ImmediateExit,
+    /// Who wants to know its registers while it runs.
+    pub(super) glance: Glance,
 }
 
 impl Slot {
@@ -31,6 +34,7 @@ impl Slot {
             cpu,
             vcpu: Mutex::new(vcpu),
             immediate_exit,
+            glance: Glance::default(),
         })
     }
 
@@ -57,6 +61,8 @@ impl Slot {
         gate: &Gate,
         devices: &Devices,
     ) -> Option<ExitReason> {
+        // A call before the entry was for this.
+        self.glance.tell(vcpu);
         loop {
             match run_once(vcpu, self.cpu, devices) {
                 Step::GoOn => {}
@@ -70,6 +76,8 @@ impl Slot {
                         }
                         Order::Probe => {}
                     }
+                    // After `interrupted`, which takes back the call that this may be about.
+                    self.glance.tell(vcpu);
                 }
             }
         }

@@ -39,7 +39,7 @@ const _: () = assert!(size_of::<ScanArguments>() == 96 && size_of::<PageRegion>(
 /// `PAGE_IS_PRESENT` of `linux/fs.h`.
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 
-/// `PAGE_IS_PRESENT` and `PAGE_IS_SWAPPED`.
+/// The same or `PAGE_IS_SWAPPED`, which a mark of write protection looks like too.
 const PAGE_IS_THERE: u64 = PAGE_IS_PRESENT | 1 << 4;
 
 /// `PAGE_IS_PFNZERO`.
@@ -71,7 +71,8 @@ pub(crate) fn scan_present(
     scan(pagemap, start, end, &query, each)
 }
 
-/// The same for pages that are mapped at this moment: not in swap, and no mark of write protection.
+/// Calls `each` with every run of pages that are mapped, from `start` to `end`: neither a mark of write protection counts
+/// nor what is swapped out. That of shared memory is not seen.
 pub(crate) fn scan_mapped(
     pagemap: &File,
     start: u64,
@@ -80,7 +81,7 @@ pub(crate) fn scan_mapped(
 ) -> Result<(), Errno> {
     let query = ScanArguments {
         category_inverted: PAGE_IS_ZERO,
-        category_mask: PAGE_IS_PRESENT | PAGE_IS_ZERO,
+        category_mask: PAGE_IS_ZERO | PAGE_IS_PRESENT,
         return_mask: PAGE_IS_PRESENT,
         ..ScanArguments::default()
     };

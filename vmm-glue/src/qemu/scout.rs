@@ -8,7 +8,6 @@
 
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use lazyvm_server::port::{Hints, MachineError, Scout};
 use lazyvm_wire::{Backing, Gpa, Layout, PAGE_SHIFT, PageIndex, PageRange};
@@ -19,26 +18,16 @@ use super::registers;
 use super::source::Inner;
 use crate::attach::Process;
 use crate::pagemap::scan_mapped;
-use crate::x86::{
-    AddressSpace, Bounds, GuestMemory, Known, PageSet, Vcpu, find_spaces, resume_set,
-};
-
-/// Most page tables that are read in a look: those of 16 GiB in small pages.
-const TABLES_MAX: usize = 16 * 1024;
-
-/// How long a look at the running guest may take, and one at a guest that stands still.
-const LOOK_TIME: Duration = Duration::from_millis(500);
-const PAUSED_TIME: Duration = Duration::from_millis(5);
+use crate::x86::{GuestMemory, Looks, Vcpu};
 
 /// See the module.
 pub(super) struct QemuScout {
     process: Arc<Process>,
     inner: Arc<Mutex<Inner>>,
     regions: Arc<[RamRegion]>,
-    memory: GuestMemory,
+    layout: Layout,
     pagemap: Option<File>,
-    spaces: Option<Vec<AddressSpace>>,
-    last: Hints,
+    looks: Looks,
 }
 
 impl QemuScout {
@@ -50,13 +39,12 @@ impl QemuScout {
         memory: Arc<SharedRam>,
     ) -> Self {
         Self {
-            memory: GuestMemory::new(layout.clone(), memory),
+            looks: Looks::new(GuestMemory::new(layout.clone(), memory)),
+            layout: layout.clone(),
             process,
             inner,
             regions,
             pagemap: None,
-            spaces: None,
-            last: Hints::default(),
         }
     }
 
@@ -68,72 +56,34 @@ impl QemuScout {
         let shown = self.inner().qmp.human("info registers -a")?;
         Ok(registers::parse(&shown))
     }
+}
 
-    /// The pages that are mapped, and so were touched since the watch began; none without one.
-    fn touched(&self) -> Result<Vec<PageRange>, MachineError> {
-        let mut touched = Vec::new();
-        let Some(pagemap) = &self.pagemap else {
-            return Ok(touched);
+/// The pages that are mapped, and so were touched since the watch began; none without one.
+fn touched(
+    pagemap: Option<&File>,
+    regions: &[RamRegion],
+    layout: &Layout,
+) -> Result<Vec<PageRange>, MachineError> {
+    let mut touched = Vec::new();
+    let Some(pagemap) = pagemap else {
+        return Ok(touched);
+    };
+    for region in watched(regions) {
+        let Some(first) = layout.page_of(Gpa(region.gpa)) else {
+            continue;
         };
-        for region in watched(&self.regions) {
-            let Some(first) = self.memory.layout().page_of(Gpa(region.gpa)) else {
-                continue;
-            };
-            scan_mapped(
-                pagemap,
-                region.host,
-                region.host + region.bytes,
-                &mut |start, end| {
-                    let page = first.0 + (start.saturating_sub(region.host) >> PAGE_SHIFT);
-                    let count = end.saturating_sub(start) >> PAGE_SHIFT;
-                    touched.push(PageRange::new(PageIndex(page), count));
-                },
-            )?;
-        }
-        Ok(touched)
+        scan_mapped(
+            pagemap,
+            region.host,
+            region.host + region.bytes,
+            &mut |start, end| {
+                let page = first.0 + (start.saturating_sub(region.host) >> PAGE_SHIFT);
+                let count = end.saturating_sub(start) >> PAGE_SHIFT;
+                touched.push(PageRange::new(PageIndex(page), count));
+            },
+        )?;
     }
-
-    fn find(&mut self, time: Duration) -> Result<Hints, MachineError> {
-        let start = Instant::now();
-        let go_on = || start.elapsed() < time;
-        let vcpus = self.vcpus()?;
-        let touched = self.touched()?;
-        let mut hot = PageSet::new(self.memory.layout().pages());
-        for page in touched.iter().flat_map(|range| range.pages()) {
-            hot.insert(page);
-        }
-        if self.spaces.is_none() {
-            let current = vcpus.iter().find_map(Vcpu::paging);
-            self.spaces = current.map(|paging| {
-                let known = AddressSpace::of(&self.memory, paging);
-                find_spaces(&self.memory, known, &go_on)
-            });
-        }
-        let known = Known {
-            spaces: self.spaces.as_deref().unwrap_or_default(),
-            hot: self.pagemap.is_some().then_some(&hot),
-            rings: &[],
-        };
-        let bounds = Bounds {
-            tables: TABLES_MAX,
-            go_on: &go_on,
-        };
-        let hints = Hints {
-            hot: touched,
-            ..resume_set(&self.memory, &vcpus, known, bounds)
-        };
-        let pages = |ranges: &[PageRange]| ranges.iter().map(|range| range.count).sum::<u64>();
-        tracing::debug!(
-            us = start.elapsed().as_micros() as u64,
-            spaces = known.spaces.len(),
-            tables = pages(&hints.tables),
-            processor = pages(&hints.processor),
-            code = pages(&hints.code),
-            hot = pages(&hints.hot),
-            "looked at what the guest uses"
-        );
-        Ok(hints)
-    }
+    Ok(touched)
 }
 
 /// Huge pages are left alone: dropping their entries does not say which part is used.
@@ -154,24 +104,21 @@ impl Scout for QemuScout {
             "watching what the guest touches"
         );
         self.pagemap = Some(File::open(format!("/proc/{}/pagemap", self.process.pid()))?);
+        self.looks.watch();
         Ok(())
     }
 
     fn look(&mut self) -> Result<Hints, MachineError> {
-        self.last = self.find(LOOK_TIME)?;
-        Ok(self.last.clone())
+        let vcpus = self.vcpus()?;
+        let (pagemap, regions, layout) = (self.pagemap.as_ref(), &self.regions, &self.layout);
+        self.looks
+            .look(&vcpus, &mut || touched(pagemap, regions, layout))
     }
 
-    /// What is there now, and behind it what was there before.
     fn look_paused(&mut self) -> Result<Hints, MachineError> {
-        let now = self.find(PAUSED_TIME)?;
-        let last = std::mem::take(&mut self.last);
-        Ok(Hints {
-            tables: [now.tables, last.tables].concat(),
-            processor: [now.processor, last.processor].concat(),
-            code: [now.code, last.code].concat(),
-            hot: [now.hot, last.hot].concat(),
-            virtual_order: last.virtual_order,
-        })
+        let vcpus = self.vcpus()?;
+        let (pagemap, regions, layout) = (self.pagemap.as_ref(), &self.regions, &self.layout);
+        self.looks
+            .look_paused(&vcpus, &mut || touched(pagemap, regions, layout))
     }
 }

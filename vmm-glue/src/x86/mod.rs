@@ -6,6 +6,7 @@
 //! (segmented virtual memory), 5 (page translation) and 8 (interrupts).
 
 mod guest;
+mod looks;
 mod pages;
 mod pointers;
 mod registers;
@@ -14,6 +15,7 @@ mod spaces;
 mod walk;
 
 pub use guest::{GuestMemory, Table};
+pub use looks::{Looks, Touched};
 pub use pages::{PageList, PageSet};
 pub use registers::{Segment, Vcpu};
 pub use resume_set::{Known, resume_set};

@@ -89,7 +89,17 @@ impl PageList {
         self.set.contains(page)
     }
 
+    /// The same pages without their order.
+    pub fn set(&self) -> &PageSet {
+        &self.set
+    }
+
     /// Runs of pages, in the order in which they came.
+    pub fn ranges(&self) -> &[PageRange] {
+        &self.ranges
+    }
+
+    /// The same.
     pub fn into_ranges(self) -> Vec<PageRange> {
         self.ranges
     }

@@ -1,5 +1,7 @@
 //! The registers that point at memory.
 
+use serde::{Deserialize, Serialize};
+
 use super::walk::{Levels, Paging};
 
 /// Protected mode and paging are on.
@@ -12,7 +14,7 @@ const EFER_LONG: u64 = 1 << 10;
 const CR3_TABLE: u64 = 0x000f_ffff_ffff_f000;
 
 /// A segment's base and limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
     /// First byte, in linear addresses.
     pub base: u64,
@@ -21,7 +23,7 @@ pub struct Segment {
 }
 
 /// A virtual processor's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vcpu {
     /// Instruction pointer.
     pub rip: u64,

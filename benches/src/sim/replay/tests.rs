@@ -56,6 +56,27 @@ fn a_page_on_its_way_is_waited_for_no_longer_than_that() {
     assert_eq!(outcome.sent_twice, 1);
 }
 
+#[test]
+fn a_fault_costs_what_most_of_the_times_between_touches_are() {
+    let computing = (0..40).map(|n| 300 + n * n * 7);
+    let faults = (0..60).map(|n| 150 + n % 10);
+    let quick = [20, 30, 40];
+    let mut at = 0;
+    let times = computing.chain(faults).chain(quick);
+    let touches: Vec<_> = times
+        .enumerate()
+        .map(|(page, time)| {
+            at += time;
+            (at, page as u64)
+        })
+        .collect();
+    let cost = trace(&touches).fault_cost_us();
+    assert!((150..160).contains(&cost), "{cost}");
+    // One touch alone, and none.
+    assert_eq!(trace(&[(70, 1)]).fault_cost_us(), 0);
+    assert_eq!(trace(&[]).fault_cost_us(), 0);
+}
+
 fn shipped() -> Vec<(String, Replay)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("traces");
     let mut traces: Vec<_> = std::fs::read_dir(folder)

@@ -3,6 +3,7 @@
 //! each so much progress.
 
 mod linux;
+mod touches;
 
 use std::path::Path;
 use std::process::Command;
@@ -10,6 +11,7 @@ use std::process::Command;
 use serde::Serialize;
 
 pub use linux::Images;
+pub use touches::distinct_pages;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;

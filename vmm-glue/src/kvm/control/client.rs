@@ -9,6 +9,8 @@ use std::time::Duration;
 use lazyvm_wire::STATE_MAX;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::x86;
+
 use super::{
     CONTROL_VERSION, Command, MemoryInfo, Outcome, REPLY_MAX, Reply, Request, Status, line_of,
     parse,
@@ -196,6 +198,38 @@ impl ControlClient {
     /// [`ControlError`].
     pub fn untrack(&mut self, session: u64) -> Result<(), ControlError> {
         self.do_it(Command::Untrack { session })
+    }
+
+    /// Asks where its processors are: the registers that point at memory.
+    ///
+    /// # Errors
+    /// [`ControlError`]; refused by monitors that can't.
+    pub fn registers(&mut self) -> Result<Vec<x86::Vcpu>, ControlError> {
+        match self.request(Command::Registers)?.0 {
+            Outcome::Registers { vcpus } => Ok(vcpus),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Has it show what it touches from now on.
+    ///
+    /// # Errors
+    /// [`ControlError`]; refused while the memory is still arriving, and by monitors that can't.
+    pub fn watch(&mut self) -> Result<(), ControlError> {
+        self.do_it(Command::Watch)
+    }
+
+    /// Asks which pages of `pages` it has touched since; a bitmap as of [`ControlClient::written`].
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn touched(&mut self, pages: u64) -> Result<Vec<u8>, ControlError> {
+        match self.request(Command::Touched)?.0 {
+            Outcome::Touched { bytes } if bytes == pages.div_ceil(8) => {
+                self.read_bytes(bytes as usize)
+            }
+            other => Err(self.unexpected(&other)),
+        }
     }
 
     /// What comes behind a reply's line.

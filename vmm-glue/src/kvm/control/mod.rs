@@ -13,6 +13,9 @@
 //! {"v":1,"command":"track"}                      {"v":1,"reply":"tracking","body":{"session":1}}
 //! {"v":1,"command":"written","session":1}        {"v":1,"reply":"written","body":{"bytes":512}}  and those bytes
 //! {"v":1,"command":"untrack","session":1}        {"v":1,"reply":"done"}
+//! {"v":1,"command":"registers"}                  {"v":1,"reply":"registers","body":{"vcpus":[{"rip":…}]}}
+//! {"v":1,"command":"watch"}                      {"v":1,"reply":"done"}
+//! {"v":1,"command":"touched"}                    {"v":1,"reply":"touched","body":{"bytes":512}}  and those bytes
 //! anything else                                  {"v":1,"reply":"error","body":{"message":"…"}}
 //! ```
 //!
@@ -24,6 +27,10 @@
 //! that were written since, as a bitmap of the image: page `n` is bit `n % 8` of byte `n / 8`. Taken is taken: a client
 //! that did not get the whole reply must begin again. A machine from before these three refuses them as unknown.
 //!
+//! `registers` tells where the processors are, whether they run or not. `watch` drops the entries of the machine's page
+//! tables in the host, and `touched` tells which are back, in the same form as `written`. Both are hints: of pages that are
+//! read, neighbours show too, and another `watch` begins anew for everybody. Machines from before these three refuse them.
+//!
 //! Any change to the messages that an old peer would misread is a new [`CONTROL_VERSION`].
 
 mod client;
@@ -32,6 +39,8 @@ pub(super) mod server;
 
 use lazyvm_wire::{Layout, MachineOffer};
 use serde::{Deserialize, Serialize};
+
+use crate::x86;
 
 pub use client::{ControlClient, ControlError};
 pub use server::BindError;
@@ -127,6 +136,9 @@ enum Command {
     Untrack {
         session: u64,
     },
+    Registers,
+    Watch,
+    Touched,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,6 +157,8 @@ enum Outcome {
     State { bytes: u64 },
     Tracking { session: u64 },
     Written { bytes: u64 },
+    Registers { vcpus: Vec<x86::Vcpu> },
+    Touched { bytes: u64 },
     Error { message: String },
 }
 
@@ -217,6 +231,9 @@ mod tests {
                 r#"{"v":1,"command":"untrack","session":7}"#,
                 Command::Untrack { session: 7 },
             ),
+            (r#"{"v":1,"command":"registers"}"#, Command::Registers),
+            (r#"{"v":1,"command":"watch"}"#, Command::Watch),
+            (r#"{"v":1,"command":"touched"}"#, Command::Touched),
         ] {
             let request: Request = parse(line.as_bytes()).unwrap();
             assert_eq!(request, Request { v: 1, command });
@@ -257,7 +274,29 @@ mod tests {
             line_of(&written).unwrap(),
             b"{\"v\":1,\"reply\":\"written\",\"body\":{\"bytes\":512}}\n"
         );
-        for reply in [reply, done, tracking, written] {
+        let registers = Reply {
+            v: 1,
+            outcome: Outcome::Registers {
+                vcpus: vec![x86::Vcpu {
+                    rip: u64::MAX,
+                    kernel_gs_base: Some(5),
+                    ..x86::Vcpu::default()
+                }],
+            },
+        };
+        let line = String::from_utf8(line_of(&registers).unwrap()).unwrap();
+        assert!(line.starts_with(
+            r#"{"v":1,"reply":"registers","body":{"vcpus":[{"rip":18446744073709551615,"rsp":0,"privilege":0,"#
+        ));
+        let touched = Reply {
+            v: 1,
+            outcome: Outcome::Touched { bytes: 512 },
+        };
+        assert_eq!(
+            line_of(&touched).unwrap(),
+            b"{\"v\":1,\"reply\":\"touched\",\"body\":{\"bytes\":512}}\n"
+        );
+        for reply in [reply, done, tracking, written, registers, touched] {
             assert_eq!(
                 parse::<Reply>(line_of(&reply).unwrap().trim_ascii_end()).unwrap(),
                 reply

@@ -279,6 +279,14 @@ impl Conversation {
                 self.with_bytes(written, |bytes| Outcome::Written { bytes })
             }
             Command::Untrack { session } => self.done(machine.untrack(session)),
+            Command::Registers => match machine.registers() {
+                Ok(vcpus) => self.reply(Outcome::Registers { vcpus }),
+                Err(error) => self.done(Err(error)),
+            },
+            Command::Watch => self.done(machine.watch()),
+            Command::Touched => {
+                self.with_bytes(machine.touched(), |bytes| Outcome::Touched { bytes })
+            }
         }
     }
 

@@ -98,6 +98,18 @@ pub enum OperationError {
         "the machine's writes are not being noted for this tracker; another one may have begun"
     )]
     NotTracked,
+    /// KVM does not give registers.
+    #[error("cannot read the machine's registers")]
+    Registers(#[source] vmm_sys_util::errno::Error),
+    /// A vCPU does not come out of the guest.
+    #[error("vCPU {cpu} does not tell its registers")]
+    Silent {
+        /// Which.
+        cpu: u32,
+    },
+    /// The kernel does not tell which pages are mapped.
+    #[error("cannot watch which pages the machine touches (PAGEMAP_SCAN; Linux 6.7 or newer)")]
+    Watch(#[source] io::Error),
     /// The state can't be written.
     #[error("cannot encode the machine's state")]
     Encode(#[from] postcard::Error),

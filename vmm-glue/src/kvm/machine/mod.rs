@@ -1,6 +1,7 @@
 //! A machine from start to end.
 
 mod error;
+mod looks;
 mod shared;
 mod writes;
 

@@ -41,12 +41,12 @@ pub(in crate::kvm) struct Shared {
     pub(super) vm: Arc<GuestVm>,
     needs: Compatibility,
     msr_indices: Vec<u32>,
-    slots: Vec<Slot>,
-    gate: Gate,
+    pub(super) slots: Vec<Slot>,
+    pub(super) gate: Gate,
     devices: Devices,
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// Held while the machine is started, paused, resumed or its state taken: one at a time.
-    operation: Mutex<()>,
+    pub(super) operation: Mutex<()>,
     memory_complete: AtomicBool,
     /// Its state was given away, and it has not been resumed since.
     handed_out: AtomicBool,
@@ -170,7 +170,7 @@ impl Shared {
     }
 
     /// Gets every vCPU out of the guest. Under the gate's lock; see there.
-    fn call_vcpus(&self) {
+    pub(super) fn call_vcpus(&self) {
         for slot in &self.slots {
             slot.immediate_exit.set(true);
         }

@@ -25,6 +25,11 @@ use super::compatibility::Compatibility;
 use super::serial::ConsoleState;
 use super::sys::{GuestVm, Vcpu};
 
+/// The base of GS that `swapgs` brings; `None` where the vCPU has none.
+pub(super) fn kernel_gs_base(vcpu: &Vcpu) -> Result<Option<u64>, errno::Error> {
+    msr::read_one(&vcpu.fd, msr::KERNEL_GS_BASE)
+}
+
 /// The format that this version writes and reads.
 pub const STATE_VERSION: u32 = 1;
 

@@ -13,6 +13,9 @@ pub(super) const TSC: u32 = 0x10;
 /// are there.
 pub(super) const TSC_DEADLINE: u32 = 0x6e0;
 
+/// The base of GS that `swapgs` brings: the kernel's while a user program runs.
+pub(super) const KERNEL_GS_BASE: u32 = 0xc000_0102;
+
 /// Reads `indices`, leaving out what this vCPU does not have.
 ///
 /// KVM stops at the first register that it refuses and tells how many it read; the list is of the kernel, and a

@@ -3,10 +3,12 @@
 
 mod kick;
 mod lazy;
+mod touches;
 mod vcpu;
 mod vm;
 
 pub(super) use kick::ImmediateExit;
 pub(super) use lazy::lazy_memory;
+pub(super) use touches::drop_entries;
 pub(super) use vcpu::Vcpu;
 pub(super) use vm::GuestVm;
