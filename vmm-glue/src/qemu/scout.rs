@@ -1,8 +1,8 @@
 //! Which pages a QEMU's guest needs first: from its registers, its page tables, and what it touches while it is watched.
 //!
-//! A watch drops the entries of QEMU's own page tables for the guest's RAM (one injected `madvise(MADV_DONTNEED)` for each
-//! backend). The RAM is shared, so its contents stay where they are, in the file; private memory would lose them, and is
-//! never touched. Whatever the guest uses afterwards is mapped again, and `PAGEMAP_SCAN` tells what is. The kernel maps up
+//! A watch drops the entries of QEMU's own page tables for the guest's RAM (injected calls of `madvise(MADV_DONTNEED)`,
+//! each for so much that it takes about half a millisecond). The RAM is shared, so its contents stay where they are, in the
+//! file; private memory would lose them, and is never touched. Whatever the guest uses afterwards is mapped again, and `PAGEMAP_SCAN` tells what is. The kernel maps up
 //! to 16 pages around one that is read (`fault_around_bytes`), so sparse reads look like more than they are. Under TCG
 //! code that is translated is not read again: the page tables tell what is code.
 
@@ -19,6 +19,10 @@ use super::source::Inner;
 use crate::attach::Process;
 use crate::pagemap::scan_mapped;
 use crate::x86::{GuestMemory, Looks, Vcpu};
+
+/// Mapped memory that is dropped while one of QEMU's threads is stopped once: it takes half a millisecond, and others of its
+/// threads that touch new memory wait for it too.
+const PIECE_BYTES: u64 = 8 << 20;
 
 /// See the module.
 pub(super) struct QemuScout {
@@ -86,6 +90,29 @@ fn touched(
     Ok(touched)
 }
 
+/// Parts of the memory, as address and bytes, that hold all of these runs (first byte and end, ascending), and at most
+/// [`PIECE_BYTES`] of them each.
+fn pieces(runs: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    let mut pieces: Vec<(u64, u64)> = Vec::new();
+    let mut room = 0;
+    for (from, to) in runs {
+        let mut from = from;
+        while from < to {
+            if room == 0 {
+                pieces.push((from, 0));
+                room = PIECE_BYTES;
+            }
+            let part = room.min(to - from);
+            from += part;
+            room -= part;
+            if let Some((start, bytes)) = pieces.last_mut() {
+                *bytes = from - *start;
+            }
+        }
+    }
+    pieces
+}
+
 /// Huge pages are left alone: dropping their entries does not say which part is used.
 fn watched(regions: &[RamRegion]) -> impl Iterator<Item = &RamRegion> {
     regions
@@ -95,15 +122,25 @@ fn watched(regions: &[RamRegion]) -> impl Iterator<Item = &RamRegion> {
 
 impl Scout for QemuScout {
     fn watch(&mut self) -> Result<(), MachineError> {
-        let ranges: Vec<_> = watched(&self.regions)
-            .map(|region| (region.host, region.bytes))
-            .collect();
-        let stopped = self.process.unmap_shared(&ranges)?;
+        let pagemap = File::open(format!("/proc/{}/pagemap", self.process.pid()))?;
+        let mut stopped = Vec::new();
+        for region in watched(&self.regions) {
+            let mut mapped = Vec::new();
+            let end = region.host + region.bytes;
+            scan_mapped(&pagemap, region.host, end, &mut |from, to| {
+                mapped.push((from, to));
+            })?;
+            for piece in pieces(mapped) {
+                stopped.push(self.process.unmap_shared(&[piece])?);
+            }
+        }
         tracing::debug!(
-            stopped_us = stopped.as_micros() as u64,
+            times = stopped.len(),
+            longest_us = stopped.iter().max().map_or(0, |longest| longest.as_micros() as u64),
+            stopped_us = stopped.iter().sum::<Duration>().as_micros() as u64,
             "watching what the guest touches"
         );
-        self.pagemap = Some(File::open(format!("/proc/{}/pagemap", self.process.pid()))?);
+        self.pagemap = Some(pagemap);
         self.looks.watch();
         Ok(())
     }
@@ -120,5 +157,42 @@ impl Scout for QemuScout {
         let (pagemap, regions, layout) = (self.pagemap.as_ref(), &self.regions, &self.layout);
         self.looks
             .look_paused(&vcpus, &mut || touched(pagemap, regions, layout))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Every run is dropped, once, and no piece is a long one.
+        #[test]
+        fn pieces_hold_all_runs(
+            lengths in proptest::collection::vec((1..3000_u64, 1..5000_u64), 0..40),
+        ) {
+            let mut at = 0;
+            let runs: Vec<_> = lengths
+                .iter()
+                .map(|(gap, length)| {
+                    let from = at + gap * 4096;
+                    at = from + length * 4096;
+                    (from, at)
+                })
+                .collect();
+            let pieces = pieces(runs.clone());
+            let within = |from: u64, to: u64| -> u64 {
+                runs.iter().map(|&(start, end)| end.min(to).saturating_sub(start.max(from))).sum()
+            };
+            for piece in pieces.windows(2) {
+                prop_assert!(piece[0].0 + piece[0].1 <= piece[1].0);
+            }
+            for &(start, bytes) in &pieces {
+                prop_assert!(within(start, start + bytes) <= PIECE_BYTES);
+            }
+            let dropped: u64 = pieces.iter().map(|&(start, bytes)| within(start, start + bytes)).sum();
+            prop_assert_eq!(dropped, within(0, u64::MAX));
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! What a tracker's user has: a copy of all memory, and over it whatever is reported.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -30,14 +31,22 @@ impl Copy {
         self.memory.read(range, part).unwrap();
     }
 
-    /// Copies what is reported; gives how many pages that was.
+    /// Copies what is reported; gives how many pages with content that was.
     pub fn collect(&mut self, tracker: &mut dyn DirtyTracker) -> u64 {
         let mut ranges = Vec::new();
         tracker.collect(&mut |range| ranges.push(range)).unwrap();
         for &range in &ranges {
             self.read(range);
         }
-        ranges.iter().map(|range| range.count).sum()
+        // Pages that hold nothing may be reported each time, and more than once.
+        let pages: BTreeSet<_> = ranges.iter().flat_map(|range| range.pages()).collect();
+        let holds = |page: &&PageIndex| {
+            let start = page.byte_offset() as usize;
+            self.bytes[start..start + PAGE_SIZE]
+                .iter()
+                .any(|&byte| byte != 0)
+        };
+        pages.iter().filter(holds).count() as u64
     }
 
     /// That it is what this file holds, which is the memory itself.
