@@ -1,4 +1,8 @@
 //! Putting claimed pages in place: the ioctls, and what to do where they stop half-way.
+//!
+//! Another process may map something new over its memory without a word (the balloon of Firecracker 1.1 to 1.10 does, after
+//! a restore). What was there has been given back, and the new memory is not registered: nothing is to be put there any more.
+//! An install over its edge fails as a whole, so it is done unit by unit.
 
 use std::cell::RefCell;
 use std::io::{self, IoSlice};
@@ -12,7 +16,7 @@ use crate::install::Shelf;
 use crate::memory::{InstallMode, LazyMemory};
 use crate::removal::Patience;
 use crate::sys::Mapping;
-use crate::uffd::{Progress, RegisterError, Uffd};
+use crate::uffd::{Place, Progress, RegisterError, Uffd};
 
 /// What a run of pages is filled with.
 #[derive(Clone, Copy)]
@@ -64,6 +68,8 @@ pub(crate) struct Filler {
     zeros: OnceLock<Box<[u8]>>,
     /// Whether `EAGAIN` may mean that an event must be read first.
     removals: bool,
+    /// Whether what is not registered any more is no reason to stop: private memory of another process.
+    may_be_mapped_over: bool,
 }
 
 /// A claimed run's place in host memory and in its file.
@@ -95,6 +101,8 @@ impl Filler {
         }
         Ok(Self {
             removals: uffd.reports_removals(),
+            may_be_mapped_over: memory.place == Place::OtherProcess
+                && memory.mode() == InstallMode::Missing,
             memory,
             uffd,
             aliases: aliases.into(),
@@ -137,7 +145,7 @@ impl Filler {
                 InstallMode::Missing => Progress::Hole,
             };
             if progress == Progress::Hole {
-                progress = self.put(target, Content::Zeros, 0);
+                progress = self.put_around_gaps(target, Content::Zeros, 0);
             }
             match progress {
                 Progress::Bytes(_) => return Ok(()),
@@ -249,7 +257,7 @@ impl Filler {
         let unit = target.backing.bytes();
         let mut patience = Patience::new();
         while *done < target.bytes {
-            match self.put(target, content, *done) {
+            match self.put_around_gaps(target, content, *done) {
                 Progress::Bytes(bytes) => *done += bytes,
                 Progress::Exists if self.memory.mode() == InstallMode::Minor => {
                     // The file holds something here that went stale, and maybe behind it too.
@@ -296,6 +304,32 @@ impl Filler {
             }
         }
         Ok(())
+    }
+
+    /// [`Self::put`], where parts may not be registered any more. Those count as done.
+    fn put_around_gaps(&self, target: Target, content: Content<'_>, done: u64) -> Progress {
+        let progress = self.put(target, content, done);
+        if !self.may_be_mapped_over || progress != Progress::Gone(Errno::ENOENT) {
+            return progress;
+        }
+        let unit = target.backing.bytes();
+        let one = Target {
+            host: target.host + done,
+            offset: target.offset + done,
+            bytes: unit,
+            ..target
+        };
+        let content = match content.from(done) {
+            Content::Data(data) => Content::Data(data.get(..unit as usize).unwrap_or_default()),
+            Content::Zeros => Content::Zeros,
+        };
+        match self.put(one, content, 0) {
+            Progress::Gone(Errno::ENOENT) => match self.uffd.wake(one.host, unit) {
+                Ok(()) => Progress::Bytes(unit),
+                Err(errno) => Progress::of_errno(errno),
+            },
+            progress => progress,
+        }
     }
 
     /// Installs over holes, from `done` on, as far as one call gets.

@@ -51,7 +51,9 @@ pub(crate) async fn warm_up(session: Arc<Session>, early: bool) -> Result<(), St
         scout.look()
     })
     .await;
-    let tracked = early && blocking(&session, |session| session.track()).await == Some(true);
+    let something_goes = early && (wants_all || scout.is_some());
+    let tracked =
+        something_goes && blocking(&session, |session| session.track()).await == Some(true);
     if mode == Mode::Precopy && !tracked {
         return Err(
             "which pages the VM writes can't be noted; use --mode hybrid, postcopy or stop"

@@ -48,6 +48,22 @@ fn what_is_written_while_memory_goes_ahead_is_as_at_the_pause() {
 }
 
 #[test]
+fn nothing_goes_ahead_in_post_copy() {
+    if !is_root("nothing_goes_ahead_in_post_copy") {
+        return;
+    }
+    let home = Home::new();
+    snapshot(&home);
+    for (version, fault) in [("1.1.0", "source busy"), ("1.16.0", "source busy tracks")] {
+        // Nor is it looked who else might write.
+        let fault = format!("{fault} shared");
+        let (report, log) = move_by(&home, "postcopy", version, &fault, &[]);
+        assert_eq!(count(&report, "pages_precopied"), 0, "{report}");
+        assert!(!log.contains("can't be noted"), "{log}");
+    }
+}
+
+#[test]
 fn a_vm_that_stops_is_started_when_all_is_there() {
     if !is_root("a_vm_that_stops_is_started_when_all_is_there") {
         return;

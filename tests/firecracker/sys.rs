@@ -20,6 +20,17 @@ pub fn give_back(memory: &LazyMemory, range: PageRange) {
     unsafe { madvise(address, range.bytes() as usize, MmapAdvise::MADV_DONTNEED) }.unwrap();
 }
 
+/// Maps new memory over pages of one region, as the balloon of Firecracker before 1.11 does.
+pub fn map_over(memory: &LazyMemory, range: PageRange) {
+    let host = memory.address_of(range.first).unwrap() as *mut c_void;
+    let flags = libc::MAP_FIXED | libc::MAP_ANONYMOUS | libc::MAP_PRIVATE;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: the pages are mapped, and belong to lazy memory, which is not referred to by any Rust reference and is
+    // touched atomically only; that its content goes away is what the test wants.
+    let mapped = unsafe { libc::mmap(host, range.bytes() as usize, protection, flags, -1, 0) };
+    assert_eq!(mapped, host);
+}
+
 /// Has the kernel write a file's first bytes into a page, as it does with a packet that a TAP device gets.
 pub fn receive(memory: &LazyMemory, page: PageIndex, packet: &File) {
     let host = memory.address_of(page).unwrap() as *mut c_void;
