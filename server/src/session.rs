@@ -155,6 +155,8 @@ pub(crate) struct Paused {
 pub(crate) struct Look {
     /// What goes first, in this order.
     pub lead: Vec<PageRange>,
+    /// That was recorded, and is what the machine needs in that order.
+    pub is_exact: bool,
     /// Which pages stand together in virtual memory.
     pub order: Arc<VirtualOrder>,
 }
@@ -364,6 +366,7 @@ impl Session {
         if let Some(profile) = &self.profile {
             return Look {
                 lead: profile.lead(),
+                is_exact: true,
                 ..Look::default()
             };
         }
@@ -379,6 +382,7 @@ impl Session {
         }
         let residual = self.take_residual();
         Look {
+            is_exact: false,
             order: Arc::new(VirtualOrder::new(&hints.virtual_order)),
             lead: Policy::lead(&hints, &residual),
         }
@@ -517,16 +521,19 @@ impl Session {
         if !lock(&self.early).is_void() {
             missing &= !paused.held.bits().to_bitvec();
         }
-        self.begin_push(&PageMap::from_bits(missing), &look.lead, look.order.clone());
+        self.begin_push(&PageMap::from_bits(missing), look);
     }
 
-    fn begin_push(&self, map: &PageMap, lead: &[PageRange], order: Arc<VirtualOrder>) {
+    fn begin_push(&self, map: &PageMap, look: &Look) {
         if !self.config.push {
             return;
         }
         let mut push = PushScheduler::new(map, self.config.machine.layout().clone());
-        push.lead_with(lead.iter().copied());
-        push.order_by(order);
+        push.lead_with(look.lead.iter().copied());
+        if look.is_exact {
+            push.trust_lead();
+        }
+        push.order_by(look.order.clone());
         push.choose(self.config.policy.neighbours);
         *lock(&self.push) = Some(push);
         self.push_wake.notify_waiters();
@@ -537,7 +544,12 @@ impl Session {
         let missing = PageMap::decode(missing, self.config.machine.layout().pages())?;
         if self.serves_pages() {
             let order = lock(&self.push).as_ref().map(|push| push.order().clone());
-            self.begin_push(&missing, &[], order.unwrap_or_default());
+            let order = order.unwrap_or_default();
+            let look = Look {
+                order,
+                ..Look::default()
+            };
+            self.begin_push(&missing, &look);
         }
         Ok(())
     }

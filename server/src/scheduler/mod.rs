@@ -59,6 +59,9 @@ pub struct Batch {
     pub whole: bool,
 }
 
+/// A lead that is trusted has this many pages for each of a window.
+const LEAD_SHARE: u64 = 4;
+
 /// Keeps which pages have not been sent, and in which order they go. Takes one bit a page, and 8 bytes for
 /// each page of the virtual order.
 #[derive(Debug)]
@@ -71,6 +74,11 @@ pub struct PushScheduler {
     order: Arc<VirtualOrder>,
     /// What goes ahead of the rest, the first first.
     lead: VecDeque<PageRange>,
+    /// That is what is needed, in the order in which it is needed.
+    is_exact: bool,
+    /// Pages of the lead and of windows that were given out.
+    lead_pages: u64,
+    window_pages: u64,
     /// No page ahead of it is unsent.
     cursor: usize,
 }
@@ -88,6 +96,9 @@ impl PushScheduler {
             neighbours: Neighbours::default(),
             order: Arc::default(),
             lead: VecDeque::new(),
+            is_exact: false,
+            lead_pages: 0,
+            window_pages: 0,
             cursor: 0,
         };
         scheduler.round_to_units();
@@ -115,6 +126,12 @@ impl PushScheduler {
         let image = self.image();
         self.lead
             .extend(ranges.into_iter().map(|range| range.intersect(image)));
+    }
+
+    /// The lead was recorded: what it names is needed in that order. Windows then do not go before it, but beside it, with a
+    /// small share: else each page that it brings late brings a window along, which makes the next ones late too.
+    pub fn trust_lead(&mut self) {
+        self.is_exact = true;
     }
 
     /// Tells which pages stand together in virtual memory, for the windows of faults that come from now on.
@@ -157,23 +174,45 @@ impl PushScheduler {
     /// The next run, of at most `pages_max` pages or one huge page; `None` when all has been given out. Newest windows
     /// first, in turns.
     pub fn next(&mut self, pages_max: u64) -> Option<Batch> {
+        let is_leads_turn = self.is_exact && self.window_pages * LEAD_SHARE >= self.lead_pages;
+        if is_leads_turn && let Some(batch) = self.next_of_lead(pages_max) {
+            return Some(batch);
+        }
+        self.next_of_windows(pages_max)
+            .or_else(|| self.next_of_lead(pages_max))
+            .or_else(|| self.next_of_rest(pages_max))
+    }
+
+    fn next_of_windows(&mut self, pages_max: u64) -> Option<Batch> {
         while let Some(piece) = self.windows.piece() {
             match self.run_of(&piece) {
                 Some(run) => {
                     self.windows.had_its_turn();
-                    return Some(self.batch(run.first, run.end(), pages_max, Urgency::Window));
+                    let batch = self.batch(run.first, run.end(), pages_max, Urgency::Window);
+                    self.window_pages += batch.range.count;
+                    return Some(batch);
                 }
                 None => self.windows.exhausted(&piece),
             }
         }
+        None
+    }
+
+    fn next_of_lead(&mut self, pages_max: u64) -> Option<Batch> {
         while let Some(&ahead) = self.lead.front() {
             match self.first_unsent(ahead) {
                 Some(first) => {
-                    return Some(self.batch(first, ahead.end(), pages_max, Urgency::Lead));
+                    let batch = self.batch(first, ahead.end(), pages_max, Urgency::Lead);
+                    self.lead_pages += batch.range.count;
+                    return Some(batch);
                 }
                 None => self.lead.pop_front(),
             };
         }
+        None
+    }
+
+    fn next_of_rest(&mut self, pages_max: u64) -> Option<Batch> {
         let rest = PageRange::new(
             PageIndex(self.cursor as u64),
             self.image().count - self.cursor as u64,

@@ -42,6 +42,30 @@ fn what_lies_around_a_fault_goes_first_and_the_newest_fault_leads() {
 }
 
 #[test]
+fn a_recorded_lead_is_not_held_up_by_windows_but_they_have_their_share() {
+    let mut scheduler = scheduler(&map(10_000, &[(0, 10_000)]));
+    let lead = (0..400).map(|page| PageRange::one(PageIndex(9_999 - 2 * page)));
+    scheduler.lead_with(lead);
+    scheduler.trust_lead();
+    for fault in 0..20 {
+        scheduler.fault(PageRange::one(PageIndex(100 * fault)));
+    }
+    let batches: Vec<_> = std::iter::from_fn(|| scheduler.next(64)).collect();
+    let at = |urgency| batches.iter().position(|batch| batch.urgency == urgency);
+    assert_eq!(at(Urgency::Lead), Some(0));
+    let last = batches.iter().rposition(|b| b.urgency == Urgency::Lead);
+    let until = &batches[..=last.unwrap()];
+    let pages = |urgency| -> u64 {
+        let of = until.iter().filter(|batch| batch.urgency == urgency);
+        of.map(|batch| batch.range.count).sum()
+    };
+    let (lead, windows) = (pages(Urgency::Lead), pages(Urgency::Window));
+    assert_eq!(lead, 400);
+    assert!(windows >= lead / 5 && windows <= lead / 3, "{windows}");
+    assert_eq!(pages(Urgency::Rest), 0);
+}
+
+#[test]
 fn neighbours_in_virtual_memory_go_wherever_they_are() {
     let mut scheduler = scheduler(&map(1000, &[(0, 1000)]));
     scheduler.choose(Neighbours {

@@ -44,16 +44,9 @@ pub(super) struct Lead {
 }
 
 impl Lead {
-    /// Begins to watch the machine, before its writes are tracked: what a scout drops from the machine's map would be taken
-    /// for written.
-    pub fn watch(machine: &dyn SourceMachine) -> Self {
-        let mut scout = machine.scout();
-        if let Some(found) = &mut scout
-            && let Err(error) = found.watch()
-        {
-            tracing::warn!(%error, "can't watch what the VM uses; its first resume will wait for more pages");
-            scout = None;
-        }
+    /// Of this machine.
+    pub fn new(machine: &dyn SourceMachine) -> Self {
+        let scout = machine.scout();
         let tables = match &scout {
             Some(_) => Vec::new(),
             None => vec![LOW_MEMORY],
@@ -67,6 +60,12 @@ impl Lead {
             written: Vec::new(),
             after: Vec::new(),
         }
+    }
+
+    /// Whether what the machine uses is to be seen without a tracker. With one it is not: that marks every page of the
+    /// machine's map as used.
+    pub fn has_scout(&self) -> bool {
+        self.scout.is_some()
     }
 
     /// Has the scout look at the running machine.
@@ -93,16 +92,16 @@ impl Lead {
         }
     }
 
-    /// Hears what the machine uses right after the pause, as its clones will.
-    pub fn watch_on(&mut self, tracker: &mut dyn DirtyTracker) {
-        // What the scout drops from the machine's map would be taken for written.
-        let by_scout = self.scout.is_some();
+    /// Hears what the machine uses right after the pause, as its clones will; what it writes, where there is no scout.
+    pub fn watch_on(&mut self, mut tracker: Option<&mut dyn DirtyTracker>) {
         for time in WATCHED_ON {
             thread::sleep(time);
-            if by_scout {
+            if self.scout.is_some() {
                 self.look();
                 self.after.extend_from_slice(&self.hints.hot);
-            } else if let Err(error) = tracker.collect(&mut |range| self.after.push(range)) {
+            } else if let Some(tracker) = &mut tracker
+                && let Err(error) = tracker.collect(&mut |range| self.after.push(range))
+            {
                 tracing::debug!(%error, "not known what the VM writes after the pause");
                 return;
             }
@@ -120,12 +119,11 @@ impl Lead {
             tables,
             processor,
             code,
-            hot,
             ..
         } = self.hints;
         let written = self.written.into_iter().rev();
         let ranges = tables.into_iter().chain(self.after).chain(processor);
-        let ranges = ranges.chain(code).chain(written).chain(hot);
+        let ranges = ranges.chain(code).chain(written);
         let mut seen = HashSet::new();
         ranges
             .map(|range| range.intersect(layout.range()))
@@ -147,7 +145,7 @@ mod tests {
             scout: None,
             hints: Hints {
                 tables: vec![range(9, 1)],
-                hot: vec![range(0, 4), range(90, 100)],
+                code: vec![range(0, 4), range(90, 100)],
                 ..Hints::default()
             },
             written: vec![range(2, 1), range(5, 2), range(9, 1)],
@@ -155,6 +153,6 @@ mod tests {
         };
         let pages = lead.pages(&Layout::flat(92).unwrap());
         let pages: Vec<u64> = pages.into_iter().map(|page| page.0).collect();
-        assert_eq!(pages, [9, 8, 7, 5, 6, 2, 0, 1, 3, 90, 91]);
+        assert_eq!(pages, [9, 8, 7, 0, 1, 2, 3, 90, 91, 5, 6]);
     }
 }

@@ -93,7 +93,7 @@ pub fn take(
         writer: Writer::begin(directory, machine.layout(), base)?,
         reading: Reading::default(),
         known: Known::new(machine.layout().pages()),
-        lead: Lead::watch(machine),
+        lead: Lead::new(machine),
         go_on,
     };
     let (changes, rounds) = job.write_while_it_runs()?;
@@ -104,9 +104,7 @@ pub fn take(
         );
     }
     let (mut paused, tracker) = job.pause(changes)?;
-    if let Some(tracker) = tracker {
-        job.watch_on(tracker, machine.layout().pages() > SMALL_PAGES);
-    }
+    job.watch_on(tracker);
     // Of one that can be read at the pause only, that is everything.
     if rounds > 0 {
         job.lead.written(&paused.kept.ranges);
@@ -367,6 +365,7 @@ impl Job<'_> {
             pages: 0,
             time: Duration::ZERO,
         };
+        // Dropped where the scout goes on, which ends it.
         let tracker = match changes {
             Changes::Tracked(mut tracker, runs) => {
                 self.copy_tracked(tracker.as_mut(), runs, &mut paused)?;
@@ -378,6 +377,7 @@ impl Job<'_> {
             }
         };
         let copied_us = start.elapsed().as_micros() as u64;
+        let tracker = tracker.filter(|_| !self.lead.has_scout());
         self.lead.runs_on_next();
         let watched_us = start.elapsed().as_micros() as u64;
         standing.run_on()?;
@@ -394,11 +394,14 @@ impl Job<'_> {
     }
 
     /// Hears what the machine uses right after the pause, if that is worth the time.
-    fn watch_on(&mut self, mut tracker: Box<dyn DirtyTracker>, is_worth_it: bool) {
-        if is_worth_it {
-            self.lead.watch_on(tracker.as_mut());
+    fn watch_on(&mut self, mut tracker: Option<Box<dyn DirtyTracker>>) {
+        if self.machine.layout().pages() > SMALL_PAGES {
+            self.lead
+                .watch_on(tracker.as_deref_mut().map(|tracker| tracker as _));
         }
-        if let Err(error) = tracker.stop() {
+        if let Some(mut tracker) = tracker
+            && let Err(error) = tracker.stop()
+        {
             tracing::warn!(%error, "the VM is still being watched for what it writes, and runs slower for it");
         }
     }
