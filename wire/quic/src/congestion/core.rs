@@ -16,7 +16,7 @@ pub enum Rival {
 }
 
 /// The queue that one flow keeps at a gigabit a second.
-const TARGET: Duration = Duration::from_micros(600);
+const TARGET: Duration = Duration::from_micros(1200);
 const TARGET_RATE: f64 = 125e6;
 
 /// The queue that the slowest flow keeps.
@@ -60,12 +60,6 @@ const OWN_LOSS: f64 = 2.0;
 const SLACK: Duration = Duration::from_micros(400);
 const SLACK_SHARE: u32 = 64;
 
-/// Part of what is missing to what the path has carried lately that a window grows by where no queue shows.
-const GAP_SHARE: f64 = 0.5;
-
-/// The same, of the window itself at most: what the path has carried it may not carry any more.
-const STEP_SHARE: f64 = 0.125;
-
 /// Growth of a shared window in a round, where the round trip does not grow with it.
 const SHARE_GROWTH: f64 = 0.01;
 
@@ -88,7 +82,7 @@ const HIDDEN_AGE: Duration = Duration::from_secs(300);
 const DRAIN: f64 = 0.85;
 
 /// A queue longer than so many times this flow's own, and this much, is another's.
-const RIVAL_RATIO: f64 = 12.0;
+const RIVAL_RATIO: f64 = 6.0;
 const RIVAL_DELAY: Duration = Duration::from_millis(5);
 
 /// Part of that which is enough where a rival was seen lately.
@@ -97,10 +91,9 @@ const RIVAL_DOUBT: f64 = 0.4;
 /// How long the queue is shared before a drained round shows whether the rival is still there.
 const SHARE_TIME: Duration = Duration::from_secs(4);
 
-/// Queue beyond the target that is kept for jitter: this part of it, or, where it is much, all that is more than
-/// `NOISE_USUAL` twice. Twice of all would let the queue swing by itself: its own swings are taken for jitter.
-const NOISE_SHARE: f64 = 0.75;
-const NOISE_USUAL: f64 = 0.000_5;
+/// Queue beyond the target that is kept for each second of jitter. More lets the queue swing by itself: its own swings are
+/// taken for jitter.
+const NOISE_SHARE: f64 = 1.0;
 
 /// Seconds of jitter that are left out of account.
 const NOISE_MAX: f64 = 0.005;
@@ -380,24 +373,16 @@ impl Core {
         self.open = if wider { self.open + 1 } else { 0 };
         let known = self.window < 0.98 * self.rate_most * base;
         let after = if known { HASTE_AFTER } else { HASTE_LATE };
-        if known {
-            // What lies beyond is found out from the beginning.
-            self.open = self.open.min(HASTE_LATE);
-        }
-        let mut room = target * 2_f64.powi(self.open.saturating_sub(after).min(20) as i32);
-        if known && self.open > HASTE_AFTER {
-            let gap = self.rate_most * base - self.window;
-            room = room.max((GAP_SHARE * gap).min(STEP_SHARE * self.window));
-        }
+        let room = target * 2_f64.powi(self.open.saturating_sub(after).min(20) as i32);
         let goal = self.window * base / standing.max(1e-9) + room;
         let most = self.rates.max() * self.rtt.as_secs_f64() + 2.0 * room;
         let most = most.min(2.0 * self.window);
         self.window = (self.window + GAIN * (goal - self.window)).min(most);
     }
 
-    /// A rival takes from the rate, but not from what the path can carry; nor does a window that is too small.
+    /// A rival takes from the rate, but not from what the path can carry.
     fn remember_rate(&mut self, elapsed: Duration) {
-        if self.window_ahead.is_none() && !self.is_sharing() && self.open == 0 {
+        if self.window_ahead.is_none() && !self.is_sharing() {
             self.rate_most *= (-elapsed.as_secs_f64() / BASE_AGE.as_secs_f64()).exp();
         }
         self.rate_most = self.rate_most.max(self.rates.max());
@@ -421,7 +406,7 @@ impl Core {
 
     /// A buffer that holds less than the target loses some of every round, without a delay that would tell.
     fn fit_to_buffer(&mut self, loss: f64) {
-        let short = self.standing_queue() < self.target_delay() / 2;
+        let short = self.queueing() < self.target_delay() / 2;
         if self.scale <= SCALE_MIN {
             self.own_loss += (loss - self.own_loss) / 4.0;
         }
@@ -547,8 +532,11 @@ impl Core {
         self.standing.get().unwrap_or_default().saturating_sub(base)
     }
 
-    /// The queue, without what is none.
+    /// The queue, without what is none. Beside a rival all of it counts.
     fn standing_queue(&self) -> Duration {
+        if self.rival_at.is_some() {
+            return self.queueing();
+        }
         let base = self.base.get().unwrap_or_default();
         self.queueing()
             .saturating_sub(SLACK.min(base / SLACK_SHARE))
@@ -571,8 +559,7 @@ impl Core {
     }
 
     fn target_of(&self, rate: f64) -> f64 {
-        let much = 2.0 * (self.noise - NOISE_USUAL);
-        self.quiet_target(rate) + rate * much.max(NOISE_SHARE * self.noise)
+        self.quiet_target(rate) + NOISE_SHARE * rate * self.noise
     }
 
     /// The target on a path without jitter.

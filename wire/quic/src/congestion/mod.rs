@@ -2,7 +2,7 @@
 //!
 //! A push that fills the bottleneck's buffer adds that buffer to the latency of every fault; on a long path CUBIC
 //! does so until it loses thousands of packets. This controller goes by delay. It keeps some bytes of its own in the
-//! queue, 0.6 ms of them at a gigabit a second, and no more.
+//! queue, 1.2 ms of them at a gigabit a second, and no more.
 //!
 //! | part | from |
 //! |---|---|
