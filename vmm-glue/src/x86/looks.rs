@@ -57,7 +57,8 @@ impl Looks {
         self.touched = Some(PageList::new(self.memory.layout().pages()));
     }
 
-    /// At the running machine, whose processors these are. `touched` is asked only where there is a watch.
+    /// At the running machine, whose processors these are. `touched` is asked only where there is a watch. The virtual
+    /// order, which is large, is told at the pause only.
     ///
     /// # Errors
     /// Those of `touched`.
@@ -66,8 +67,13 @@ impl Looks {
         vcpus: &[Vcpu],
         touched: &mut Touched<'_>,
     ) -> Result<Hints, MachineError> {
+        // One at a time.
+        self.last = Hints::default();
         self.last = self.find(vcpus, touched, LOOK_TIME)?;
-        Ok(self.last.clone())
+        let virtual_order = std::mem::take(&mut self.last.virtual_order);
+        let hints = self.last.clone();
+        self.last.virtual_order = virtual_order;
+        Ok(hints)
     }
 
     /// At the machine when it is paused: what is there now, and behind it what was there before.

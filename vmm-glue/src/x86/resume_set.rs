@@ -90,6 +90,12 @@ pub fn resume_set(
     }
 }
 
+/// Whether it is of the kernel's view of all memory, in large pages: its order is the physical one. What runs without a
+/// kernel has such a view too, and may execute all of it.
+fn is_all_memory(mapping: &Mapping) -> bool {
+    mapping.bytes > 4096 && !KERNEL_IMAGE.contains(&mapping.virt)
+}
+
 /// The hot ones, and the others, both in their order; all are others where that is not known.
 fn split(
     pages: impl Iterator<Item = PageIndex>,
@@ -185,18 +191,17 @@ impl<'a> Trees<'a> {
         if ENTRY_AREA.contains(&mapping.virt) {
             self.entry_area.extend(pages);
         } else if mapping.executable {
-            if mapping.accessed {
+            if mapping.accessed && !is_all_memory(&mapping) {
                 self.kernel_code.extend(pages);
             }
         } else if KERNEL_IMAGE.contains(&mapping.virt) {
             let hot = self.hot;
             let is_hot = |page: &PageIndex| hot.is_some_and(|hot| hot.contains(*page));
             self.kernel_data.extend(pages.filter(is_hot));
-        } else if mapping.bytes > 4096 {
-            // The kernel's view of all memory: its order is the physical one.
-            return;
         }
-        self.put_in_order(mapping);
+        if !is_all_memory(&mapping) {
+            self.put_in_order(mapping);
+        }
     }
 
     fn put_in_order(&mut self, mapping: Mapping) {
