@@ -22,7 +22,7 @@ const ENTRY_AREA: std::ops::Range<u64> = 0xffff_fe00_0000_0000..0xffff_fe80_0000
 /// The same: the kernel's text and data.
 const KERNEL_IMAGE: std::ops::Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
 
-/// Larger pages than this are the kernel's view of all memory, whatever they allow.
+/// Larger pages than this are the kernel's view of all memory, whatever they allow, or have physical order by themselves.
 const CODE_PAGE_MAX: u64 = 2 << 20;
 
 /// What else is known of the machine.
@@ -180,7 +180,9 @@ impl<'a> Trees<'a> {
             let pages = self.memory.pages(mapping.gpa, mapping.bytes);
             self.user_code.extend(pages);
         }
-        self.put_in_order(mapping);
+        if mapping.bytes <= CODE_PAGE_MAX {
+            self.put_in_order(mapping);
+        }
     }
 
     fn take_kernel(&mut self, mapping: Mapping) {

@@ -150,6 +150,19 @@ pub fn find_spaces(
         .collect()
 }
 
+/// Leaves out what is no address space any more, because its program has ended and its table's page is used for something
+/// else: walking that would give anything.
+pub fn keep_live(memory: &GuestMemory, known: AddressSpace, spaces: &mut Vec<AddressSpace>) {
+    let reference = memory.table(known.kernel.root).unwrap_or([0; ENTRIES]);
+    let used: Vec<usize> = (HALF..ENTRIES)
+        .filter(|&index| target(reference[index]) != 0)
+        .collect();
+    spaces.retain(|space| {
+        let page = memory.bytes(space.kernel.root);
+        used.len() >= ALIKE_MIN && page.is_some_and(|page| is_like(&page, &reference, &used))
+    });
+}
+
 fn chunks(run: PageRange) -> impl Iterator<Item = PageRange> {
     let starts = (run.first.0..run.end().0).step_by(CHUNK_PAGES as usize);
     starts.map(move |first| {
