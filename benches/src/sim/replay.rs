@@ -196,11 +196,9 @@ impl Replay {
             .for_each(|&range| map.set_data(range));
         let mut missing = map.bits().to_bitvec();
         let mut arrival = vec![NEVER; self.trace.pages as usize];
-        if policy.early {
-            for page in self.trace.held.iter().flat_map(|range| range.pages()) {
-                missing.set(page.as_usize(), false);
-                arrival[page.as_usize()] = 0;
-            }
+        for page in self.held(policy).iter_ones() {
+            missing.set(page, false);
+            arrival[page] = 0;
         }
         let mut scheduler = PushScheduler::new(&PageMap::from_bits(missing), self.layout.clone());
         scheduler.lead_with(Policy::lead(&policy.keep(self.trace.hints.clone()), &[]));
@@ -217,8 +215,30 @@ impl Replay {
         }
     }
 
+    /// What is at the destination already: what had gone before the pause and held at it, but for those pages that only
+    /// parts which the policy leaves out would have named.
+    fn held(&self, policy: Policy) -> BitVec<u64> {
+        let mut held = BitVec::repeat(false, self.trace.pages as usize);
+        let mut set = |ranges: &[PageRange], value: bool| {
+            for page in ranges.iter().flat_map(|range| range.pages()) {
+                held.set(page.as_usize(), value);
+            }
+        };
+        if policy.early {
+            let everything = Policy::default().keep(self.trace.hints.clone());
+            set(&self.trace.held, true);
+            set(&Policy::lead(&everything, &[]), false);
+            set(&Policy::lead(&policy.keep(everything), &[]), true);
+        }
+        let mut sent = BitVec::repeat(false, self.trace.pages as usize);
+        for page in self.trace.held.iter().flat_map(|range| range.pages()) {
+            sent.set(page.as_usize(), true);
+        }
+        held & sent
+    }
+
     fn outcome(&self, policy: Policy, link: Link, start: u64) -> Outcome {
-        let held = |page| policy.early && self.trace.held.iter().any(|range| range.contains(page));
+        let held = self.held(policy);
         let mut computed = 0;
         let first = self.trace.touches.iter().zip(&self.computing);
         let needed = first
@@ -226,7 +246,7 @@ impl Replay {
                 computed += **computing;
                 computed <= SPEED_WINDOW_NS
             })
-            .filter(|(touch, _)| !held(touch.page))
+            .filter(|(touch, _)| !held[touch.page.as_usize()])
             .count() as u64;
         Outcome {
             policy: policy.name,

@@ -9,7 +9,7 @@ use super::guest::GuestMemory;
 use super::pages::{PageList, PageSet};
 use super::registers::Vcpu;
 use super::resume_set::{Known, resume_set};
-use super::spaces::{AddressSpace, find_spaces};
+use super::spaces::{AddressSpace, find_spaces, keep_live};
 use super::walk::Bounds;
 
 /// Most page tables that are read in a look: those of 16 GiB in small pages.
@@ -57,7 +57,8 @@ impl Looks {
         self.touched = Some(PageList::new(self.memory.layout().pages()));
     }
 
-    /// At the running machine, whose processors these are. `touched` is asked only where there is a watch.
+    /// At the running machine, whose processors these are. `touched` is asked only where there is a watch. The virtual
+    /// order, which is large, is told at the pause only.
     ///
     /// # Errors
     /// Those of `touched`.
@@ -66,8 +67,13 @@ impl Looks {
         vcpus: &[Vcpu],
         touched: &mut Touched<'_>,
     ) -> Result<Hints, MachineError> {
+        // One at a time.
+        self.last = Hints::default();
         self.last = self.find(vcpus, touched, LOOK_TIME)?;
-        Ok(self.last.clone())
+        let virtual_order = std::mem::take(&mut self.last.virtual_order);
+        let hints = self.last.clone();
+        self.last.virtual_order = virtual_order;
+        Ok(hints)
     }
 
     /// At the machine when it is paused: what is there now, and behind it what was there before.
@@ -99,15 +105,14 @@ impl Looks {
         let start = Instant::now();
         let go_on = || start.elapsed() < time;
         self.ask(touched)?;
-        if self.spaces.is_none() {
-            let current = vcpus.iter().find_map(Vcpu::paging);
-            self.spaces = current.map(|paging| {
-                let known = AddressSpace::of(&self.memory, paging);
-                find_spaces(&self.memory, known, &go_on)
-            });
-            if self.spaces.is_some() {
+        if let Some(paging) = vcpus.iter().find_map(Vcpu::paging) {
+            let current = AddressSpace::of(&self.memory, paging);
+            if self.spaces.is_none() {
+                self.spaces = Some(find_spaces(&self.memory, current, &go_on));
                 // Which took a while.
                 self.ask(touched)?;
+            } else if let Some(spaces) = &mut self.spaces {
+                keep_live(&self.memory, current, spaces);
             }
         }
         let hot = self.touched.as_ref().map(PageList::set);

@@ -19,5 +19,5 @@ pub use looks::{Looks, Touched};
 pub use pages::{PageList, PageSet};
 pub use registers::{Segment, Vcpu};
 pub use resume_set::{Known, resume_set};
-pub use spaces::{AddressSpace, find_spaces};
+pub use spaces::{AddressSpace, find_spaces, keep_live};
 pub use walk::{Bounds, Found, Levels, Mapping, Paging, Tables, Walker};

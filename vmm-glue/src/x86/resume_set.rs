@@ -22,7 +22,7 @@ const ENTRY_AREA: std::ops::Range<u64> = 0xffff_fe00_0000_0000..0xffff_fe80_0000
 /// The same: the kernel's text and data.
 const KERNEL_IMAGE: std::ops::Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
 
-/// Larger pages than this are the kernel's view of all memory, whatever they allow.
+/// Larger pages than this are the kernel's view of all memory, whatever they allow, or have physical order by themselves.
 const CODE_PAGE_MAX: u64 = 2 << 20;
 
 /// What else is known of the machine.
@@ -88,6 +88,12 @@ pub fn resume_set(
         hot: Vec::new(),
         virtual_order: trees.order,
     }
+}
+
+/// Whether it is of the kernel's view of all memory, in large pages: its order is the physical one. What runs without a
+/// kernel has such a view too, and may execute all of it.
+fn is_all_memory(mapping: &Mapping) -> bool {
+    mapping.bytes > 4096 && !KERNEL_IMAGE.contains(&mapping.virt)
 }
 
 /// The hot ones, and the others, both in their order; all are others where that is not known.
@@ -174,7 +180,9 @@ impl<'a> Trees<'a> {
             let pages = self.memory.pages(mapping.gpa, mapping.bytes);
             self.user_code.extend(pages);
         }
-        self.put_in_order(mapping);
+        if mapping.bytes <= CODE_PAGE_MAX {
+            self.put_in_order(mapping);
+        }
     }
 
     fn take_kernel(&mut self, mapping: Mapping) {
@@ -185,18 +193,17 @@ impl<'a> Trees<'a> {
         if ENTRY_AREA.contains(&mapping.virt) {
             self.entry_area.extend(pages);
         } else if mapping.executable {
-            if mapping.accessed {
+            if mapping.accessed && !is_all_memory(&mapping) {
                 self.kernel_code.extend(pages);
             }
         } else if KERNEL_IMAGE.contains(&mapping.virt) {
             let hot = self.hot;
             let is_hot = |page: &PageIndex| hot.is_some_and(|hot| hot.contains(*page));
             self.kernel_data.extend(pages.filter(is_hot));
-        } else if mapping.bytes > 4096 {
-            // The kernel's view of all memory: its order is the physical one.
-            return;
         }
-        self.put_in_order(mapping);
+        if !is_all_memory(&mapping) {
+            self.put_in_order(mapping);
+        }
     }
 
     fn put_in_order(&mut self, mapping: Mapping) {

@@ -150,10 +150,90 @@ pub fn find_spaces(
         .collect()
 }
 
+/// Leaves out what is no address space any more, because its program has ended and its table's page is used for something
+/// else: walking that would give anything.
+pub fn keep_live(memory: &GuestMemory, known: AddressSpace, spaces: &mut Vec<AddressSpace>) {
+    let reference = memory.table(known.kernel.root).unwrap_or([0; ENTRIES]);
+    let used: Vec<usize> = (HALF..ENTRIES)
+        .filter(|&index| target(reference[index]) != 0)
+        .collect();
+    spaces.retain(|space| {
+        let page = memory.bytes(space.kernel.root);
+        used.len() >= ALIKE_MIN && page.is_some_and(|page| is_like(&page, &reference, &used))
+    });
+}
+
 fn chunks(run: PageRange) -> impl Iterator<Item = PageRange> {
     let starts = (run.first.0..run.end().0).step_by(CHUNK_PAGES as usize);
     starts.map(move |first| {
         let count = (run.end().0 - first).min(CHUNK_PAGES);
         PageRange::new(PageIndex(first), count)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::{Arc, Mutex};
+
+    use lazyvm_server::port::SourceMemory;
+    use lazyvm_wire::Layout;
+
+    use super::super::walk::Levels;
+    use super::*;
+
+    struct Pages(Mutex<Vec<Table>>);
+
+    impl SourceMemory for Pages {
+        fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
+            let pages = self.0.lock().unwrap();
+            for (page, out) in range.pages().zip(out.chunks_exact_mut(PAGE_SIZE)) {
+                let words = pages[page.as_usize()].iter().zip(out.chunks_exact_mut(8));
+                words.for_each(|(word, out)| out.copy_from_slice(&word.to_le_bytes()));
+            }
+            Ok(())
+        }
+
+        fn data_runs(&self, data: &mut dyn FnMut(PageRange)) -> io::Result<()> {
+            data(PageRange::new(
+                PageIndex(0),
+                self.0.lock().unwrap().len() as u64,
+            ));
+            Ok(())
+        }
+    }
+
+    fn root(lower: u64) -> Table {
+        let mut table = [0; ENTRIES];
+        table[0] = lower << 12 | PRESENT;
+        for (index, entry) in table.iter_mut().enumerate().skip(ENTRIES - 6) {
+            *entry = (index as u64) << 12 | PRESENT;
+        }
+        table
+    }
+
+    #[test]
+    fn spaces_have_the_kernel_in_common_and_one_whose_page_is_used_anew_is_none() {
+        let mut pages = vec![[0; ENTRIES]; 16];
+        (pages[2], pages[4], pages[8]) = (root(1), root(3), root(5));
+        pages[9] = [0x1234_5678; ENTRIES];
+        let shared = Arc::new(Pages(Mutex::new(pages)));
+        let memory = GuestMemory::new(Layout::flat(16).unwrap(), shared.clone());
+        let paging = Paging {
+            root: 2 << 12,
+            levels: Levels::Four,
+        };
+        let known = AddressSpace::of(&memory, paging);
+        let mut spaces = find_spaces(&memory, known, &|| true);
+        let roots = |spaces: &[AddressSpace]| -> Vec<u64> {
+            spaces.iter().map(|space| space.kernel.root >> 12).collect()
+        };
+        assert_eq!(roots(&spaces), [4, 8]);
+        keep_live(&memory, known, &mut spaces);
+        assert_eq!(roots(&spaces), [4, 8]);
+        // It is another program's stack now.
+        shared.0.lock().unwrap()[4] = [0x7fff_0000_1235; ENTRIES];
+        keep_live(&memory, known, &mut spaces);
+        assert_eq!(roots(&spaces), [8]);
+    }
 }

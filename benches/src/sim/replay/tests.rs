@@ -119,8 +119,13 @@ fn each_page_is_pushed_once_or_asked_for() {
                 assert!(!seen.replace(page.as_usize(), true), "{name}");
             }
             let data: u64 = replay.trace.data.iter().map(|range| range.count).sum();
-            let held: u64 = replay.trace.held.iter().map(|range| range.count).sum();
-            let held = if policy.early { held } else { 0 };
+            let held = replay.held(policy).count_ones() as u64;
+            let sent: u64 = replay.trace.held.iter().map(|range| range.count).sum();
+            assert!(
+                held <= sent
+                    && (held == sent)
+                        == (policy.early && policy.resume_set && policy.code && policy.hot)
+            );
             let asked_only = outcome.stalls - outcome.sent_twice;
             assert_eq!(
                 outcome.pushed + asked_only,
