@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use lazyvm_server::port::{Hints, MachineError, Scout};
 use lazyvm_wire::{Backing, Gpa, Layout, PAGE_SHIFT, PageIndex, PageRange};
@@ -136,7 +137,10 @@ impl Scout for QemuScout {
         }
         tracing::debug!(
             times = stopped.len(),
-            longest_us = stopped.iter().max().map_or(0, |longest| longest.as_micros() as u64),
+            longest_us = stopped
+                .iter()
+                .max()
+                .map_or(0, |longest| longest.as_micros() as u64),
             stopped_us = stopped.iter().sum::<Duration>().as_micros() as u64,
             "watching what the guest touches"
         );
