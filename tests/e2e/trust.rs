@@ -24,7 +24,8 @@ fn turned_away(home: &Home, serve: &Program, name: &str, ticket: &str) -> String
     wait_for("line in the server's log", || {
         (refusals(serve) > before).then_some(())
     });
-    assert_eq!(refusals(serve), before + 1, "{}", serve.log());
+    // It came with both lanes, or gave up when it heard about the first.
+    assert!(refusals(serve) <= before + 2, "{}", serve.log());
     log
 }
 
