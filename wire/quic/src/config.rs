@@ -37,7 +37,7 @@ const FAULT_LOST_AFTER: f32 = 1.02;
 /// Bytes of the push under way at a time. A pipe of 1 Gbit/s and 100 ms holds 12.5 MB, and what has come behind a lost
 /// packet waits for it for as long as it takes to be missed, sent again and there: two round trips and a half in all. Each
 /// side may have to keep as much in memory.
-const BULK_WINDOW: u32 = 40 << 20;
+const BULK_WINDOW: u32 = 32 << 20;
 
 /// The push's first congestion window; QUIC's own of 12 KB needs two seconds to fill a long pipe.
 const BULK_INITIAL_WINDOW: u64 = 1 << 20;
