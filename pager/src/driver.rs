@@ -9,7 +9,7 @@ use lazyvm_wire::control::{
     Rejection, Switchover, ToDestination, ToSource, short_text, switchover_max,
 };
 use lazyvm_wire::held::{self, HeldError};
-use lazyvm_wire::{Layout, PageMap, PageMapError, PageRange};
+use lazyvm_wire::{Layout, PageMap, PageMapError};
 use quinn::Connection;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
@@ -24,7 +24,6 @@ use crate::pager::{PagerError, watch as watch_faults};
 use crate::push::Intake;
 use crate::report::Statistics;
 use crate::stage::{Stage, StageCell};
-use crate::table::PageState;
 use crate::{demand, push};
 
 /// How often the source hears how far this side is.
@@ -100,8 +99,8 @@ pub(crate) struct Driver {
     pub alone: bool,
     /// The machine is to be started when all its pages are here.
     pub waiting: Option<Arc<Switchover>>,
-    /// Pages that the page map has made zero, until the verifier knows of them.
-    pub zeros: Vec<PageRange>,
+    /// The page map, until the verifier knows of the pages that it has made zero.
+    pub zeros: Option<PageMap>,
     /// What the source last said when it let nobody in.
     pub rejection: Option<Rejection>,
 }
@@ -347,9 +346,7 @@ impl Driver {
             "the page map is taken in"
         );
         if core.verifier.is_some() {
-            // Now, since the guest's touches will make some of them present.
-            let zero = |state| state == PageState::Zero;
-            self.zeros = core.installer.table().runs(zero).collect();
+            self.zeros = Some(map);
         }
         let bytes = switchover.state.len() + switchover.page_map.len() + switchover.held.len();
         self.statistics
@@ -383,13 +380,13 @@ impl Driver {
     /// Tells the verifier of the pages that the map has made zero: only now, when the machine does not stand still any
     /// more, and not on this thread.
     fn note_zeros(&mut self) {
-        let Some(core) = self.core.clone().filter(|_| !self.zeros.is_empty()) else {
+        let (Some(core), Some(map)) = (self.core.clone(), self.zeros.take()) else {
             return;
         };
-        let runs = std::mem::take(&mut self.zeros);
         tokio::task::spawn_blocking(move || {
             if let Some(verifier) = &core.verifier {
-                runs.into_iter().for_each(|run| verifier.zero(run));
+                let table = core.installer.table();
+                table.zeros_of(map.bits(), |run| verifier.zero(run));
             }
             core.check_all_here();
         });

@@ -127,7 +127,7 @@ pub fn connect(ticket: &Ticket, options: Options) -> Result<Offer, PagerError> {
         unplaced: None,
         alone: false,
         waiting: None,
-        zeros: Vec::new(),
+        zeros: None,
         rejection: None,
     };
     let (answer, answered) = std::sync::mpsc::channel();

@@ -335,12 +335,16 @@ impl PageTable {
                 expected: self.pages,
             });
         }
+        self.zeros_of(present, |run| self.mark_zero(run).for_each(&mut fill));
+        Ok(())
+    }
+
+    /// Calls `each` with the runs of pages that this map, of an image of this size, makes zero.
+    pub(crate) fn zeros_of(&self, present: &BitSlice<u64, Lsb0>, mut each: impl FnMut(PageRange)) {
         for segment in &self.segments {
             let bits = &present[segment.first as usize..(segment.first + segment.pages) as usize];
             let mut zeros = Runs::default();
-            let mut mark = |slots: Range<u64>| {
-                self.mark_zero(segment.pages_of(&slots)).for_each(&mut fill);
-            };
+            let mut mark = |slots: Range<u64>| each(segment.pages_of(&slots));
             if segment.shift == 0 {
                 for (number, word) in bits.chunks(64).enumerate() {
                     let valid = u64::MAX >> (64 - word.len());
@@ -357,7 +361,6 @@ impl PageTable {
             }
             zeros.end(&mut mark);
         }
-        Ok(())
     }
 
     /// Pages whose data is still to come: Absent, Requested, or being filled with data.
