@@ -23,7 +23,7 @@ use crate::x86::{GuestMemory, Looks, Vcpu};
 
 /// Mapped memory that is dropped while one of QEMU's threads is stopped once: it takes half a millisecond, and others of its
 /// threads that touch new memory wait for it too.
-const PIECE_BYTES: u64 = 8 << 20;
+const PIECE_BYTES: u64 = 4 << 20;
 
 /// See the module.
 pub(super) struct QemuScout {
