@@ -35,9 +35,12 @@ const FAULT_ACK_DELAY: Duration = Duration::from_millis(1);
 const FAULT_LOST_AFTER: f32 = 1.02;
 
 /// Bytes of the push under way at a time. A pipe of 1 Gbit/s and 100 ms holds 12.5 MB, and what has come behind a lost
-/// packet waits for it for as long as it takes to be missed, sent again and there: two round trips and a half in all. Each
-/// side may have to keep as much in memory.
+/// packet waits for it for as long as it takes to be missed, sent again and there: two round trips and a half in all. The
+/// destination may have to keep as much in memory.
 const BULK_WINDOW: u32 = 32 << 20;
+
+/// Bytes of the push that are kept until they are acknowledged. What came behind a lost packet is acknowledged all the same.
+const BULK_UNACKED: u32 = 24 << 20;
 
 /// The push's first congestion window; QUIC's own of 12 KB needs two seconds to fill a long pipe.
 const BULK_INITIAL_WINDOW: u64 = 1 << 20;
@@ -145,7 +148,7 @@ fn transport(lane: Lane, rival: Rival) -> TransportConfig {
                 }))
                 // Streams go one after the other: packets of many in turn would cost the destination a task switch each.
                 .send_fairness(false)
-                .send_window(BULK_WINDOW.into())
+                .send_window(BULK_UNACKED.into())
                 .receive_window(VarInt::from_u32(BULK_WINDOW))
                 .stream_receive_window(VarInt::from_u32(8 << 20));
         }
