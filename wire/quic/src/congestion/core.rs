@@ -156,8 +156,6 @@ pub struct Core {
     /// By how much the standing round trip changes from round to round, in seconds.
     noise: f64,
     standing_before: f64,
-    /// In the round before there was not always something to send.
-    idle_before: bool,
     /// The standing round trip of the last shared round, in seconds.
     standing_shared: f64,
     /// And of the last drained one.
@@ -199,7 +197,6 @@ impl Core {
             rate_most: 0.0,
             noise: 0.0,
             standing_before: 0.0,
-            idle_before: false,
             standing_shared: 0.0,
             standing_drained: Duration::ZERO,
             same_drains: 0,
@@ -322,7 +319,7 @@ impl Core {
             self.rates.insert(rate);
         }
         self.remember_rate(now - round.began);
-        self.watch_noise(round.idle);
+        self.watch_noise();
         self.queues.insert(self.queueing().as_secs_f64());
         self.fit_to_buffer(loss);
         tracing::trace!(
@@ -392,16 +389,12 @@ impl Core {
         matches!(self.phase, Phase::Share { .. } | Phase::Drain { .. })
     }
 
-    /// Jitter that is left in the standing round trip is no queue, and is not to be fought. A queue that comes and goes
-    /// with what there is to send is no jitter.
-    fn watch_noise(&mut self, idle: bool) {
+    /// Jitter that is left in the standing round trip is no queue, and is not to be fought.
+    fn watch_noise(&mut self) {
         let standing = self.standing.get().unwrap_or_default().as_secs_f64();
         let change = (standing - self.standing_before).abs().min(NOISE_MAX);
         self.standing_before = standing;
-        if !idle && !self.idle_before {
-            self.noise += (change - self.noise) / 8.0;
-        }
-        self.idle_before = idle;
+        self.noise += (change - self.noise) / 8.0;
     }
 
     /// A buffer that holds less than the target loses some of every round, without a delay that would tell.
