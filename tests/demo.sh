@@ -178,6 +178,7 @@ row() {
     printf '  %-34s %s\n' "$1" "$2"
 }
 row "memory" "$(($(figure memory_bytes) >> 20)) MiB, $(figure pages_total) pages"
+row "pages that went before the pause" "$(figure pages_precopied)"
 row "pages on demand" "$(figure pages_demand)"
 row "pages pushed behind them" "$(figure pages_pushed)"
 row "zero pages, not sent" "$(figure pages_zero)"
