@@ -323,10 +323,7 @@ impl Driver {
         }
         self.handover.handle(Event::Switchover);
         if let Some(core) = self.core.clone().filter(|_| switchover.wait) {
-            self.waiting = Some(switchover);
-            // The verifier is among what is waited for.
-            self.note_zeros();
-            self.map_held(&core);
+            self.wait_for_all(&core, switchover);
         } else {
             self.stage.set(Stage::Switched(switchover));
         }
@@ -354,6 +351,14 @@ impl Driver {
             .store(bytes as u64, Ordering::Relaxed);
         core.check_all_here();
         Ok(())
+    }
+
+    /// The machine is started when all its pages are here.
+    fn wait_for_all(&mut self, core: &Arc<Core>, switchover: Arc<Switchover>) {
+        self.waiting = Some(switchover);
+        // The verifier is among what is waited for.
+        self.note_zeros();
+        self.map_held(core);
     }
 
     /// All pages of a machine that waits for them are here: it is started, and its memory is let go of once it runs.
@@ -410,9 +415,7 @@ impl Driver {
         if let Some(switchover) = unplaced.switchover {
             self.take_over(core, &switchover)?;
             if switchover.wait {
-                self.waiting = Some(switchover);
-                self.note_zeros();
-                self.map_held(core);
+                self.wait_for_all(core, switchover);
             }
         }
         unplaced.memory.send_replace(Some(core.clone()));

@@ -23,8 +23,8 @@ pub struct SessionConfig {
     /// How long the running machine is watched before the pause, and what it needs first is sent. Without a
     /// [`Scout`](crate::port::Scout), or with zero, the pause comes at once.
     pub warm_up: Duration,
-    /// How the machine is moved. Without a [`DirtyTracker`](crate::port::DirtyTracker), or with a destination that can't take pages before the
-    /// pause, [`Mode::Hybrid`] is [`Mode::Postcopy`], and [`Mode::Precopy`] fails.
+    /// How the machine is moved. Without a [`DirtyTracker`](crate::port::DirtyTracker), or with a destination that can't
+    /// take pages before the pause, [`Mode::Hybrid`] is [`Mode::Postcopy`], and [`Mode::Precopy`] fails.
     pub mode: Mode,
     /// How long memory goes ahead of the pause; `None` for as long as it pays.
     pub precopy_limit: Option<Duration>,
