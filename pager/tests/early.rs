@@ -177,6 +177,9 @@ fn let_go(installer: &Installer, image: &Image) {
             .expect("an install");
     }
     installer.complete().expect("complete");
+    installer
+        .map_held()
+        .expect("what the file holds needs no mapping any more");
     for number in 0..pages {
         assert!(
             read_page(installer.memory(), number) == image.page(number),

@@ -29,6 +29,8 @@ impl Installer {
         if self.memory().mode() == InstallMode::Minor {
             self.clear_zeros()?;
         }
+        // What is held is in the file, and a touch finds it there from now on.
+        self.early.end_mapping();
         for (number, region) in self.memory().regions().iter().enumerate() {
             self.filler
                 .uffd
@@ -42,9 +44,9 @@ impl Installer {
     }
 
     /// What keeps the memory from being let go of. A page on the shelf does, since it would read as zero: it is put in its
-    /// place. One in the memory's own file does not.
+    /// place. One in the memory's own file does not, as long as nobody has to hear what it holds.
     fn next_not_settled(&self) -> Result<Option<PageRange>, InstallError> {
-        if self.filler.shelf.is_none() {
+        if self.filler.shelf.is_none() && self.witness.is_none() {
             return Ok(self.table.missing().next());
         }
         self.map_held()?;

@@ -7,6 +7,7 @@
 //! Where that one is here, the page is *held*, and a touch maps it. Where it is still on its way, it is put in place like
 //! any other when it comes. All others are stale, and what comes for them later is written over them.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use lazyvm_wire::held::HeldRun;
@@ -43,6 +44,8 @@ pub(super) struct Early {
     state: Mutex<State>,
     /// Units that the file lost, and nobody has asked the source for yet.
     lost: Mutex<Vec<PageRange>>,
+    /// The memory is complete and is being let go of: held pages need not be mapped any more, nor can they be.
+    let_go: AtomicBool,
 }
 
 /// What became of pages that came early.
@@ -82,6 +85,11 @@ impl Early {
             }
             State::Empty => Ok(Taken::Late(Vec::new())),
         }
+    }
+
+    /// Held pages are mapped no more.
+    pub(super) fn end_mapping(&self) {
+        self.let_go.store(true, Ordering::Release);
     }
 
     /// Held while the file is written, so that nothing is written over a page of a machine that runs.
@@ -161,7 +169,7 @@ impl Installer {
     pub fn map_held(&self) -> Result<(), InstallError> {
         let mut rest = PageRange::new(PageIndex(0), self.table.pages());
         let mut patience = Patience::new();
-        loop {
+        while !self.early.let_go.load(Ordering::Acquire) {
             let guard = self.guard.install();
             let Some(run) = self.table.claim_held_run(rest, MAP_PAGES) else {
                 return Ok(());
@@ -175,9 +183,11 @@ impl Installer {
                     drop(guard);
                     self.make_way(run, &mut patience)?;
                 }
+                Err(_) if self.early.let_go.load(Ordering::Acquire) => return Ok(()),
                 Err(cause) => return Err(InstallError::of(run, cause)),
             }
         }
+        Ok(())
     }
 
     /// Units that were held and are no longer in the file: the source has to be asked for them.
