@@ -42,10 +42,11 @@ enum Check {
 #[derive(Debug)]
 pub(crate) struct Early {
     check: Check,
+    /// What is to go, and pages that are not to go any more.
     queue: VecDeque<PageRange>,
-    /// A bit for each page that is in the queue.
+    /// A bit for each page that is to go.
     queued: BitVec<u64, Lsb0>,
-    /// Pages in the queue.
+    /// Pages that are to go.
     waiting: u64,
     /// In which round each page went; 0 for one that did not, or was written since. Empty until something is queued.
     rounds: Vec<u8>,
@@ -124,12 +125,31 @@ impl Early {
 
     /// The next pages that are to go, and their round. From now on they count as sent.
     pub fn next(&mut self) -> Option<(PageRange, u8)> {
-        let range = self.queue.pop_front()?;
+        let range = loop {
+            let range = self.queue.pop_front()?;
+            let (gone, going) = self.first_queued(range);
+            let behind = range.count - gone - going.count;
+            if behind > 0 {
+                self.queue.push_front(PageRange::new(going.end(), behind));
+            }
+            if !going.is_empty() {
+                break going;
+            }
+        };
         let bits = range.first.as_usize()..range.end().as_usize();
         self.queued[bits.clone()].fill(false);
         self.rounds[bits].fill(self.round);
         self.waiting -= range.count;
         Some((range, self.round))
+    }
+
+    /// How many pages at the start of `range` do not wait any more, and the run of those behind them that do.
+    fn first_queued(&self, range: PageRange) -> (u64, PageRange) {
+        let bits = &self.queued[range.first.as_usize()..range.end().as_usize()];
+        let gone = bits.leading_zeros();
+        let count = bits[gone..].leading_ones();
+        let first = PageIndex(range.first.0 + gone as u64);
+        (gone as u64, PageRange::new(first, count as u64))
     }
 
     /// These pages go with these bytes.
@@ -166,13 +186,22 @@ impl Early {
         self.unacked
     }
 
-    /// These pages were written; those that had gone, and do not hold any more, are passed on.
+    /// These pages were written. Those that had gone, and do not hold any more, are passed on; and so are those that wait to
+    /// go, which they do not then: who is written once is likely to be written again, and would go twice.
     pub fn written(&mut self, range: PageRange, mut stale: impl FnMut(PageIndex)) {
         if self.rounds.is_empty() {
             return;
         }
         let end = range.end().0.min(self.pages) as usize;
         let mut at = range.first.as_usize();
+        if self.waiting > 0 {
+            let queued = &mut self.queued[at.min(end)..end];
+            for offset in queued.iter_ones() {
+                stale(PageIndex((at + offset) as u64));
+            }
+            self.waiting -= queued.count_ones() as u64;
+            queued.fill(false);
+        }
         // Most of what is reported at a time holds nothing, and never went.
         while let Some(sent) = first_sent(&self.rounds, at..end) {
             self.rounds[sent] = 0;
@@ -197,6 +226,7 @@ impl Early {
     pub fn give_up(&mut self) {
         self.void |= !self.rounds.is_empty();
         self.queue.clear();
+        self.queued.fill(false);
         self.waiting = 0;
         self.unacked = 0;
         self.rounds = Vec::new();

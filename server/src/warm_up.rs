@@ -1,6 +1,6 @@
 //! Between the destination's readiness and the pause: memory goes ahead while the machine runs.
 //!
-//! In every mode the machine is watched where it has a [`Scout`], and what it will need first goes ahead; in hybrid and
+//! In post-copy the machine is watched where it has a [`Scout`], and what it will need first goes ahead; in hybrid and
 //! pre-copy all its memory does, in rounds ([`crate::rounds`]). It also brings the push's congestion window to the path's
 //! size.
 
@@ -18,6 +18,10 @@ use crate::session::{Session, lock};
 
 /// How long the pause waits for what was sent before it in post-copy, beyond the time of the warm-up.
 const ARRIVAL_MAX: Duration = Duration::from_secs(5);
+
+/// When what is written is looked at for the first time while all memory is on its way; the next look comes after twice the
+/// time. What is written by then and has not gone waits for the next round. A path has not carried much by the first look.
+const GLANCE_FIRST: Duration = Duration::from_millis(500);
 
 /// Shortest time between two looks at what was written.
 const ROUND_MIN: Duration = Duration::from_millis(10);
@@ -42,46 +46,64 @@ pub(crate) async fn warm_up(session: Arc<Session>, early: bool) -> Result<(), St
                 .to_owned(),
         );
     }
-    let start = Instant::now();
     let scouting = !session.config.warm_up.is_zero();
     let scout = session.config.machine.scout().filter(|_| scouting);
-    // The watch comes before the tracking: what it drops from the machine's map would be taken for written.
-    let (scout, first) = look(&session, scout, |scout| {
-        scout.watch()?;
-        scout.look()
-    })
-    .await;
-    let something_goes = early && (wants_all || scout.is_some());
-    let tracked =
-        something_goes && blocking(&session, |session| session.track()).await == Some(true);
-    if mode == Mode::Precopy && !tracked {
+    if wants_all && early && track(&session).await {
+        return send_all(&session, scout).await;
+    }
+    if mode == Mode::Precopy {
         return Err(
             "which pages the VM writes can't be noted; use --mode hybrid, postcopy or stop"
                 .to_owned(),
         );
     }
-    let whole = wants_all && tracked;
-    if scout.is_none() && !whole {
-        return Ok(());
+    match scout {
+        Some(scout) => send_hints(&session, scout, early).await,
+        None => Ok(()),
     }
+}
+
+/// All memory goes ahead. Which of it is hot shows by what is written; the scout has no watch, which would cost the machine
+/// more and make the start later.
+async fn send_all(session: &Arc<Session>, scout: Option<Box<dyn Scout>>) -> Result<(), String> {
+    let start = Instant::now();
+    let data = blocking(session, |session| session.data_now()).await;
+    session.queue_early(data.unwrap_or_else(|| Ok(Vec::new()))?);
+    // The first look takes longest: the one at the pause must be short.
+    let (looked, sent) = tokio::join!(
+        look(session, scout, |scout| scout.look()),
+        rounds(session, true, start)
+    );
+    *lock(&session.scout) = looked.0;
+    sent
+}
+
+/// What the machine will need first goes ahead, as far as the time of the warm-up lets it show.
+async fn send_hints(
+    session: &Arc<Session>,
+    scout: Box<dyn Scout>,
+    early: bool,
+) -> Result<(), String> {
+    let start = Instant::now();
+    // The watch comes before the tracking: what it drops from the machine's map would be taken for written.
+    let (scout, first) = look(session, Some(scout), |scout| {
+        scout.watch()?;
+        scout.look()
+    })
+    .await;
+    let tracked = early && scout.is_some() && track(session).await;
     if early {
         // The machine may write to any of it until the pause, to code and page tables least.
         session.queue_early([first.code, first.tables, first.processor].concat());
     }
-    if whole {
-        let data = blocking(&session, |session| session.data_now()).await;
-        session.queue_early(data.unwrap_or_else(|| Ok(Vec::new()))?);
-        session.early_sent().await;
-    } else {
-        sleep_until(start + session.config.warm_up).await;
-    }
-    let (scout, second) = look(&session, scout, |scout| scout.look()).await;
+    sleep_until(start + session.config.warm_up).await;
+    let (scout, second) = look(session, scout, |scout| scout.look()).await;
     if early {
         session.queue_early([second.tables, second.processor, second.code].concat());
         session.queue_early(second.hot.into_iter().rev());
     }
     if tracked {
-        rounds(&session, whole, start).await?;
+        rounds(session, false, start).await?;
     } else if early {
         // What has not arrived then is sent once more.
         let _ = timeout(ARRIVAL_MAX, session.early_sent()).await;
@@ -98,21 +120,24 @@ async fn rounds(session: &Arc<Session>, whole: bool, start: Instant) -> Result<(
         Some(session.config.warm_up + ARRIVAL_MAX)
     };
     let mut judge = Judge::new(session.config.mode, limit, session.config.downtime_limit);
+    let mut glance_after = if whole { GLANCE_FIRST } else { Duration::MAX };
+    let mut written = Vec::new();
     loop {
         let next = Instant::now() + ROUND_MIN;
-        let sent = timeout(limit.unwrap_or(Duration::MAX), session.early_sent()).await;
-        let collected = blocking(session, |session| session.collect_writes()).await;
-        let stale = match collected {
-            Some(Ok(stale)) => stale,
-            Some(Err(error)) if session.config.mode == Mode::Precopy => return Err(error),
-            failed => {
-                let error = failed.and_then(Result::err);
-                tracing::warn!(session = %session.id, ?error, "the VM's writes are not known any more: its memory follows it");
-                return Ok(());
-            }
-        };
-        let more = lock(&session.early).next_round() && sent.is_ok();
-        let round = round(session, &stale, start, more);
+        let left = limit.map_or(Duration::MAX, |limit| limit.saturating_sub(start.elapsed()));
+        let sent = timeout(left.min(glance_after), session.early_sent()).await;
+        match stale(session).await? {
+            Some(stale) => written.extend(stale),
+            None => return Ok(()),
+        }
+        let more = lock(&session.early).next_round();
+        if sent.is_err() && more && left > glance_after {
+            glance_after *= 2;
+            continue;
+        }
+        let mut stale = std::mem::take(&mut written);
+        stale.sort_unstable();
+        let round = round(session, &stale, start, more && sent.is_ok());
         let verdict = judge.after(round);
         tracing::debug!(session = %session.id, ?round, ?verdict, "a round of pre-copy");
         match verdict {
@@ -127,6 +152,24 @@ async fn rounds(session: &Arc<Session>, whole: bool, start: Instant) -> Result<(
             Verdict::GiveUp(why) => return Err(why),
         }
     }
+}
+
+/// Pages that were written after they had gone, or while they were to go. `None` where that is not known any more, and nothing that went counts.
+async fn stale(session: &Arc<Session>) -> Result<Option<Vec<PageIndex>>, String> {
+    match blocking(session, |session| session.collect_writes()).await {
+        Some(Ok(stale)) => Ok(Some(stale)),
+        Some(Err(error)) if session.config.mode == Mode::Precopy => Err(error),
+        failed => {
+            let error = failed.and_then(Result::err);
+            tracing::warn!(session = %session.id, ?error, "the VM's writes are not known any more: its memory follows it");
+            Ok(None)
+        }
+    }
+}
+
+/// Begins to note the machine's writes.
+async fn track(session: &Arc<Session>) -> bool {
+    blocking(session, |session| session.track()).await == Some(true)
 }
 
 fn round(session: &Session, stale: &[PageIndex], start: Instant, more: bool) -> Round {

@@ -29,7 +29,8 @@ impl Session {
         *lock(&self.tracker) = None;
     }
 
-    /// Hears which pages were written; gives those that had gone. Nothing that went counts where that fails. Blocks.
+    /// Hears which pages were written; gives those that had gone or were to go. Nothing that went counts where that fails.
+    /// Blocks.
     pub fn collect_writes(&self) -> Result<Vec<PageIndex>, String> {
         let mut tracker = lock(&self.tracker);
         let Some(active) = tracker.as_mut() else {

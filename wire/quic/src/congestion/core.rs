@@ -120,6 +120,16 @@ enum Phase {
     },
 }
 
+/// A start that was ended by the round trip of one packet.
+#[derive(Clone, Copy, Debug)]
+struct EndedStart {
+    /// When that packet left, and when it was acknowledged.
+    sent: Duration,
+    at: Duration,
+    /// The window then.
+    window: f64,
+}
+
 /// What happened until a packet that left after the round began was acknowledged.
 #[derive(Clone, Debug, Default)]
 struct Round {
@@ -141,6 +151,8 @@ pub struct Core {
     window: f64,
     phase: Phase,
     round: Round,
+    /// The start's end, until what was sent before it is acknowledged.
+    ended_start: Option<EndedStart>,
     rtt: Duration,
     /// The path's own round trip.
     base: RecentMin,
@@ -188,6 +200,7 @@ impl Core {
             window: initial_window as f64,
             phase: Phase::Start,
             round: Round::default(),
+            ended_start: None,
             rtt: Duration::ZERO,
             base: RecentMin::default(),
             based_at: Duration::ZERO,
@@ -238,13 +251,14 @@ impl Core {
         let age = self.base_age(now);
         self.base.insert(now, rtt, age);
         let within = match self.phase {
-            Phase::Start => self.rtt / 4,
+            Phase::Start => self.rtt / 8,
             _ => self.rtt / 2,
         };
         self.standing.insert(now, rtt, within);
         self.rate.insert(now, bytes as f64, self.rtt);
         self.round.acked += bytes as f64;
         self.round.idle |= app_limited;
+        self.doubt_end_of_start(sent, rtt);
         if matches!(self.phase, Phase::Start) {
             let used = self.rate.get() * self.rtt.as_secs_f64();
             if !app_limited && self.window < (4.0 * used).max(self.window_first) {
@@ -252,7 +266,12 @@ impl Core {
             }
             // Few packets far apart are acknowledged late; that is no queue.
             let dense = self.is_dense(&self.round);
-            if dense && !app_limited && self.queueing() > self.start_delay() {
+            if dense && self.queueing() > self.start_delay() {
+                self.ended_start = Some(EndedStart {
+                    sent,
+                    at: now,
+                    window: self.window,
+                });
                 self.end_start(now);
             }
         }
@@ -279,6 +298,22 @@ impl Core {
             *lost_at = now;
             cubic.on_loss(now, self.window);
             self.window = cubic.window(now, self.rtt);
+        }
+    }
+
+    /// The queue that ended the start grows until the smaller window tells. Where a packet of the larger one met none, it was
+    /// none: a process that gets no processor for some milliseconds, at either end, makes round trips longer too.
+    fn doubt_end_of_start(&mut self, sent: Duration, rtt: Duration) {
+        let Some(ended) = self.ended_start else {
+            return;
+        };
+        let base = self.base.get().unwrap_or_default();
+        if sent >= ended.at || !matches!(self.phase, Phase::Steady) {
+            self.ended_start = None;
+        } else if sent > ended.sent && rtt < base + self.start_delay() / 4 {
+            self.ended_start = None;
+            self.phase = Phase::Start;
+            self.window = self.window.max(ended.window);
         }
     }
 
