@@ -143,6 +143,13 @@ impl Early {
         Some((range, self.round))
     }
 
+    /// Nothing waits to go any more.
+    pub fn unqueue(&mut self) {
+        self.queue.clear();
+        self.queued.fill(false);
+        self.waiting = 0;
+    }
+
     /// How many pages at the start of `range` do not wait any more, and the run of those behind them that do.
     fn first_queued(&self, range: PageRange) -> (u64, PageRange) {
         let bits = &self.queued[range.first.as_usize()..range.end().as_usize()];
@@ -225,9 +232,7 @@ impl Early {
     /// Nothing that went counts: a connection was lost that may have carried it, or writes may have been missed.
     pub fn give_up(&mut self) {
         self.void |= !self.rounds.is_empty();
-        self.queue.clear();
-        self.queued.fill(false);
-        self.waiting = 0;
+        self.unqueue();
         self.unacked = 0;
         self.rounds = Vec::new();
         if let Check::Digests { sent, .. } = &mut self.check {
@@ -456,7 +461,7 @@ mod tests {
         /// pause is what the destination has, in the round that is told.
         #[test]
         fn what_holds_is_what_went_last(
-            steps in proptest::collection::vec((0..6_u8, 0..100_u64, 1..30_u64), 0..120),
+            steps in proptest::collection::vec((0..7_u8, 0..100_u64, 1..30_u64), 0..120),
         ) {
             let layout = Layout::flat(100).unwrap();
             let mut memory = vec![1_u32; 100];
@@ -486,6 +491,7 @@ mod tests {
                             early.queue(&layout, stale);
                         }
                     }
+                    5 if count == 1 => early.unqueue(),
                     _ => early.queue(&layout, [range]),
                 }
             }

@@ -96,7 +96,13 @@ async fn send_hints(
         // The machine may write to any of it until the pause, to code and page tables least.
         session.queue_early([first.code, first.tables, first.processor].concat());
     }
+    if tracked {
+        // Until more is known the path carries anything that may hold: it would be idle, and its rate unknown.
+        let data = blocking(session, |session| session.data_now()).await;
+        session.queue_early(data.unwrap_or_else(|| Ok(Vec::new()))?);
+    }
     sleep_until(start + session.config.warm_up).await;
+    session.unqueue_early();
     let (scout, second) = look(session, scout, |scout| scout.look()).await;
     if early {
         session.queue_early([second.tables, second.processor, second.code].concat());

@@ -84,6 +84,11 @@ impl Session {
         self.push_wake.notify_waiters();
     }
 
+    /// What waits to go before the pause does not.
+    pub fn unqueue_early(&self) {
+        lock(&self.early).unqueue();
+    }
+
     /// The next pages that go before the pause, and their round, if any.
     pub fn next_early(&self) -> Option<(PageRange, u8)> {
         if self.phase() != Phase::Offered {
