@@ -25,9 +25,9 @@ const TARGET_PACKETS_MIN: f64 = 4.0;
 /// How much of the way to its goal the window goes in a round: FAST's gamma.
 const GAIN: f64 = 0.5;
 
-/// Rounds that find the path wider before the window grows faster and faster: up to what the path has carried lately,
-/// and beyond.
-const HASTE_AFTER: u32 = 3;
+/// Rounds that find the path wider before the window goes back to what the path has carried lately, and before it grows
+/// faster and faster beyond that.
+const HASTE_AFTER: u32 = 2;
 const HASTE_LATE: u32 = 6;
 
 /// Queueing that ends the start: an eighth of the round trip within these bounds (HyStart++, RFC 9406, section 4.2).
@@ -62,6 +62,9 @@ const SLACK_SHARE: u32 = 64;
 
 /// Growth of a shared window in a round, where the round trip does not grow with it.
 const SHARE_GROWTH: f64 = 0.01;
+
+/// Such rounds before that growth doubles with each.
+const SHARE_HASTE_AFTER: u32 = 3;
 
 /// Drained rounds with the same round trip that make it the path's own.
 const SAME_DRAINS: u32 = 2;
@@ -163,8 +166,9 @@ pub struct Core {
     rate: RecentRate,
     /// Bytes a second that the last rounds delivered.
     rates: Rounds<4>,
-    /// The most of the last seconds.
+    /// The most of the last seconds, and when it was nearly reached.
     rate_most: f64,
+    most_at: Duration,
     /// By how much the standing round trip changes from round to round, in seconds.
     noise: f64,
     standing_before: f64,
@@ -208,6 +212,7 @@ impl Core {
             rate: RecentRate::default(),
             rates: Rounds::default(),
             rate_most: 0.0,
+            most_at: Duration::ZERO,
             noise: 0.0,
             standing_before: 0.0,
             standing_shared: 0.0,
@@ -348,12 +353,13 @@ impl Core {
             self.cut_at = now;
             self.rates.clear();
             self.rates.insert(self.rate.get());
+            self.rate_most = self.rate.get();
         }
         let drained = matches!(self.phase, Phase::Drain { .. });
         if rate > self.rates.max() || !(round.idle || drained) {
             self.rates.insert(rate);
         }
-        self.remember_rate(now - round.began);
+        self.remember_rate(now, now - round.began);
         self.watch_noise();
         self.queues.insert(self.queueing().as_secs_f64());
         self.fit_to_buffer(loss);
@@ -403,21 +409,32 @@ impl Core {
         let wider = rate * standing > 0.7 * round.window
             && (standing - base - self.noise) * rate < target / 2.0;
         self.open = if wider { self.open + 1 } else { 0 };
-        let known = self.window < 0.98 * self.rate_most * base;
-        let after = if known { HASTE_AFTER } else { HASTE_LATE };
-        let room = target * 2_f64.powi(self.open.saturating_sub(after).min(20) as i32);
+        let known = 0.98 * self.rate_most * base - self.window;
+        let after = if known > 0.0 { HASTE_AFTER } else { HASTE_LATE };
+        let mut room = target * 2_f64.powi(self.open.saturating_sub(after).min(20) as i32);
+        if self.open >= HASTE_AFTER {
+            room = room.max(known.min(self.window / 4.0));
+        }
         let goal = self.window * base / standing.max(1e-9) + room;
         let most = self.rates.max() * self.rtt.as_secs_f64() + 2.0 * room;
         let most = most.min(2.0 * self.window);
         self.window = (self.window + GAIN * (goal - self.window)).min(most);
     }
 
-    /// A rival takes from the rate, but not from what the path can carry.
-    fn remember_rate(&mut self, elapsed: Duration) {
-        if self.window_ahead.is_none() && !self.is_sharing() {
-            self.rate_most *= (-elapsed.as_secs_f64() / BASE_AGE.as_secs_f64()).exp();
+    /// What the path has carried counts for as long as its round trip does. A rival takes from the rate, but not from what the
+    /// path can carry.
+    fn remember_rate(&mut self, now: Duration, elapsed: Duration) {
+        if self.window_ahead.is_some() || self.is_sharing() {
+            self.most_at += elapsed;
         }
-        self.rate_most = self.rate_most.max(self.rates.max());
+        let rate = self.rates.max();
+        if now > self.most_at + BASE_AGE {
+            self.rate_most = 0.0;
+        }
+        if rate > 0.98 * self.rate_most {
+            self.most_at = now;
+            self.rate_most = self.rate_most.max(rate);
+        }
     }
 
     fn is_sharing(&self) -> bool {
@@ -473,8 +490,7 @@ impl Core {
         self.open = if flat { self.open + 1 } else { 0 };
         self.standing_shared = standing;
         let haste = 1.0
-            + SHARE_GROWTH
-                * 2_f64.powi(self.open.clamp(HASTE_AFTER, 9) as i32 - HASTE_AFTER as i32);
+            + SHARE_GROWTH * 2_f64.powi(self.open.saturating_sub(SHARE_HASTE_AFTER).min(6) as i32);
         self.window = cubic.max(self.window * haste).min(2.0 * self.window);
     }
 

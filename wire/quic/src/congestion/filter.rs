@@ -3,29 +3,41 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+/// Values that count whatever their age: a thread that had no processor for a while hears of many late ones at a time.
+const NEWEST: u64 = 32;
+
+/// How much older than `within` those may be.
+const NEWEST_AGE: u32 = 2;
+
 /// The smallest of the values within a length of time. Holds those only that may still become the smallest.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RecentMin {
-    /// Times and values, both ascending.
-    values: VecDeque<(Duration, Duration)>,
+    /// Times, numbers and values, all ascending.
+    values: VecDeque<(Duration, u64, Duration)>,
+    number: u64,
 }
 
 impl RecentMin {
-    /// Takes a value in, and forgets those older than `within`; at least the newest is kept.
+    /// Takes a value in, and forgets those older than `within`, except for some of the newest.
     pub fn insert(&mut self, now: Duration, value: Duration, within: Duration) {
-        while self.values.back().is_some_and(|&(_, last)| last >= value) {
+        while self.values.back().is_some_and(|&(.., last)| last >= value) {
             self.values.pop_back();
         }
-        self.values.push_back((now, value));
+        self.number += 1;
+        self.values.push_back((now, self.number, value));
         let oldest = now.saturating_sub(within);
-        while self.values.len() > 1 && self.values[0].0 < oldest {
+        let too_old = now.saturating_sub(within * NEWEST_AGE);
+        let goes = |&(at, number, _): &(Duration, u64, Duration)| {
+            at < too_old || (at < oldest && number + NEWEST <= self.number)
+        };
+        while self.values.len() > 1 && self.values.front().is_some_and(goes) {
             self.values.pop_front();
         }
     }
 
     /// The smallest.
     pub fn get(&self) -> Option<Duration> {
-        self.values.front().map(|&(_, value)| value)
+        self.values.front().map(|&(.., value)| value)
     }
 }
 
