@@ -46,8 +46,8 @@ impl Session {
         let at = Instant::now();
         let state = machine.pause().map_err(|error| describe(error.as_ref()))?;
         let paused = at.elapsed();
-        self.last_writes();
-        let map = self.page_map().inspect_err(|_| self.resume())?;
+        let map = self.look_through().inspect_err(|_| self.resume())?;
+        let looked = at.elapsed();
         self.counters
             .data
             .store(map.data_pages(), Ordering::Relaxed);
@@ -69,7 +69,8 @@ impl Session {
         tracing::debug!(
             session = %self.id,
             state_us = paused.as_micros() as u64,
-            map_us = (at.elapsed() - paused).as_micros() as u64,
+            map_us = (looked - paused).as_micros() as u64,
+            held_us = (at.elapsed() - looked).as_micros() as u64,
             data_pages = map.data_pages(),
             held_pages = held.data_pages(),
             residual_pages = lock(&self.residual).len(),
@@ -82,6 +83,17 @@ impl Session {
             at,
         });
         Ok(())
+    }
+
+    /// Takes in the last writes and finds what holds data, both at once: the machine stands still meanwhile.
+    fn look_through(&self) -> Result<PageMap, String> {
+        std::thread::scope(|scope| {
+            let map = scope.spawn(|| self.page_map());
+            self.last_writes();
+            map.join().unwrap_or_else(|_| {
+                Err("the search for data in the machine's memory has failed".to_owned())
+            })
+        })
     }
 
     fn page_map(&self) -> Result<PageMap, String> {

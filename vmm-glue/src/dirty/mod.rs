@@ -14,8 +14,10 @@ pub(crate) mod unseen;
 
 use std::fs::File;
 use std::io;
+use std::num::NonZero;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::thread;
 
 use bitvec::prelude::{BitVec, Lsb0};
 use lazyvm_wire::{PAGE_SHIFT, PAGE_SIZE};
@@ -23,6 +25,13 @@ use nix::errno::Errno;
 
 use crate::attach::{AttachError, Process};
 use crate::pagemap::{scan_entries, scan_written};
+
+/// Memory that is scanned by a thread of its own, at least, and most threads.
+const PART_BYTES: u64 = 512 << 20;
+const PARTS_MAX: u64 = 4;
+
+/// Parts begin at whole huge pages.
+const PART_ALIGN: u64 = 2 << 20;
 
 /// Why writes can't be noted.
 #[derive(Debug, thiserror::Error)]
@@ -174,32 +183,74 @@ impl WriteWatch {
     pub fn collect(&mut self, dirty: &mut dyn FnMut(u64, u64)) -> Result<(), DirtyError> {
         for range in &mut self.ranges {
             let (start, end) = (range.start, range.end);
-            let scan = |source| DirtyError::Scan { start, source };
-            scan_written(&self.pagemap, start, end, &mut |from, to| {
-                let bits = range.bits(from, to);
-                range.marked[bits].fill(true);
-                dirty(from, to);
-            })
-            .map_err(scan)?;
-            let mut gaps = Vec::new();
-            let mut covered = start;
-            scan_entries(&self.pagemap, start, end, &mut |from, to| {
-                if from > covered {
-                    gaps.push((covered, from));
+            let found = scan_in_parts(&self.pagemap, start, end)
+                .map_err(|source| DirtyError::Scan { start, source })?;
+            for part in found {
+                for (from, to) in part.written {
+                    let bits = range.bits(from, to);
+                    range.marked[bits].fill(true);
+                    dirty(from, to);
                 }
-                covered = covered.max(to);
-            })
-            .map_err(scan)?;
-            if covered < end {
-                gaps.push((covered, end));
-            }
-            for (from, to) in gaps {
-                range.mark_again(self.uffd.as_fd(), from, to)?;
-                dirty(from, to);
+                for (from, to) in part.gaps {
+                    range.mark_again(self.uffd.as_fd(), from, to)?;
+                    dirty(from, to);
+                }
             }
         }
         Ok(())
     }
+}
+
+/// What a scan of a part found.
+#[derive(Debug, Default)]
+struct Scanned {
+    /// Runs that were written, and are marked again.
+    written: Vec<(u64, u64)>,
+    /// Runs without an entry, which may have been written and have lost their marks.
+    gaps: Vec<(u64, u64)>,
+}
+
+/// Scans a range with as many threads as pay: the last scan of a move is made while its machine stands still.
+fn scan_in_parts(pagemap: &File, start: u64, end: u64) -> Result<Vec<Scanned>, Errno> {
+    let cores = thread::available_parallelism().map_or(1, NonZero::get) as u64;
+    let count = ((end - start) / PART_BYTES).clamp(1, cores.min(PARTS_MAX));
+    let bytes = ((end - start) / count).next_multiple_of(PART_ALIGN);
+    let parts = (0..count).map(|number| {
+        let from = start + number * bytes;
+        (from.min(end), (from + bytes).min(end))
+    });
+    if count == 1 {
+        return Ok(vec![scan_part(pagemap, start, end)?]);
+    }
+    thread::scope(|scope| {
+        let threads: Vec<_> = parts
+            .map(|(from, to)| scope.spawn(move || scan_part(pagemap, from, to)))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or(Err(Errno::EIO)))
+            .collect()
+    })
+}
+
+/// Scans a part. What has no entry is looked for last: a page that loses its entry in between, and its mark with it, is
+/// found there.
+fn scan_part(pagemap: &File, start: u64, end: u64) -> Result<Scanned, Errno> {
+    let mut found = Scanned::default();
+    scan_written(pagemap, start, end, &mut |from, to| {
+        found.written.push((from, to));
+    })?;
+    let mut covered = start;
+    scan_entries(pagemap, start, end, &mut |from, to| {
+        if from > covered {
+            found.gaps.push((covered, from));
+        }
+        covered = covered.max(to);
+    })?;
+    if covered < end {
+        found.gaps.push((covered, end));
+    }
+    Ok(found)
 }
 
 /// Parts, ascending, those with little between them as one.
