@@ -128,7 +128,7 @@ impl From<Guest> for wan::guest::Guest {
 enum Peer {
     /// Nobody's
     None,
-    /// QEMU's own post-copy, with and without postcopy-preempt; needs --guest qemu
+    /// QEMU's own ways of the same mode; needs --guest qemu
     Qemu,
 }
 

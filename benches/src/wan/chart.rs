@@ -16,7 +16,7 @@ const BIN_US: i64 = 50_000;
 const MARGIN_US: i64 = 1_000_000;
 
 /// Colors that people who don't see all colors can tell apart (Okabe and Ito).
-pub const COLORS: [&str; 3] = ["#0072b2", "#d55e00", "#009e73"];
+pub const COLORS: [&str; 4] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"];
 
 /// Bounds of the histogram of gaps, in milliseconds.
 const GAPS_MS: [f64; 12] = [

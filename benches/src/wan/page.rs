@@ -11,7 +11,13 @@ td:first-child{text-align:left}tr:first-child th{border-bottom:2px solid #ccc}sv
 svg text{font:11px sans-serif;fill:#444}h2{font-size:1em;margin:1.5em 0 .3em}pre{font-size:12px;overflow:auto}";
 
 /// Puts the page together. All text in it is this program's own.
-pub fn page(setup: &Setup, rows: &[Vec<String>], charts: &[Chart], json: &Value) -> String {
+pub fn page(
+    setup: &Setup,
+    congestion_control: &str,
+    rows: &[Vec<String>],
+    charts: &[Chart],
+    json: &Value,
+) -> String {
     let pictures: String = charts
         .iter()
         .map(|chart| format!("<h2>{}</h2>\n{}", chart.title, chart.svg))
@@ -21,14 +27,15 @@ pub fn page(setup: &Setup, rows: &[Vec<String>], charts: &[Chart], json: &Value)
          <style>{STYLE}</style>\n<h1>A move over a long path</h1>\n<p>{}</p>\n{}<p>Medians of {} runs. Time 0 is the \
          order to move; the pictures show each one's run with the median freeze.</p>\n{pictures}<details><summary>All \
          figures</summary><pre>{}</pre></details>\n</html>\n",
-        escaped(&description(setup)),
+        escaped(&description(setup, congestion_control)),
         table(rows),
         setup.runs,
         escaped(&format!("{json:#}")),
     )
 }
 
-fn description(setup: &Setup) -> String {
+/// What moves over which path.
+pub fn description(setup: &Setup, congestion_control: &str) -> String {
     let path = &setup.path;
     let mib = |bytes: u64| bytes >> 20;
     let mut text = format!(
@@ -51,7 +58,7 @@ fn description(setup: &Setup) -> String {
     if let Some((at, time)) = setup.blackout {
         text += &format!(", nothing goes through for {time:?} after {at:?}");
     }
-    text + "."
+    text + &format!(". TCP, which QEMU uses, has the machine's {congestion_control}.")
 }
 
 /// Columns have the colors of their lines.
