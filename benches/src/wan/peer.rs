@@ -150,6 +150,11 @@ pub fn run(setup: &Setup, images: &Images, variant: Variant) -> Result<(Fate, St
         Err(error) => return Ok((Fate::Lost(loss_of_move(variant, error)?), version)),
     };
     if variant == Variant::Stop {
+        // Earlier, it would be forgotten: the destination ends as the source was, stopped.
+        wait_for("the destination", START_WITHIN, || {
+            let loads = destination.status()? == "inmigrate";
+            Ok((!loads).then_some(()))
+        })?;
         destination.run("cont", json!({}))?;
         // QEMU tells none: it did not stop the guest.
         told.downtime_us = stopped_at.elapsed().as_micros() as u64;

@@ -203,7 +203,11 @@ impl Outcome {
             (name.to_owned(), figures)
         };
         let own = arrived("lazyvm", &self.own);
-        let peers = self.peers.iter().map(|peer| (peer.name(), peer.figures()));
+        let peers = self.peers.iter().map(|peer| {
+            let mut figures = peer.figures();
+            figures["outcome"] = json!(peer.in_words());
+            (peer.name(), figures)
+        });
         let profiled = arrived("with a profile", &self.profiled);
         let profiled = self.setup.snapshot.then_some(profiled);
         [own].into_iter().chain(profiled).chain(peers).collect()
@@ -266,6 +270,16 @@ impl Outcome {
 impl Peer {
     fn name(&self) -> String {
         format!("QEMU {}", self.variant.name())
+    }
+
+    /// How its moves ended, for a table.
+    fn in_words(&self) -> String {
+        let runs = self.lost.len() + self.arrived.len();
+        match (&self.lost[..], runs) {
+            ([], _) => ARRIVED.to_owned(),
+            ([loss, ..], 1) => loss.outcome.to_owned(),
+            ([loss, ..], _) => format!("{}, {} of {runs}", loss.outcome, self.lost.len()),
+        }
     }
 
     /// Medians of the moves that went well, and what became of the others.

@@ -250,9 +250,17 @@ impl<'a> Trial<'a> {
         (seconds > 0.0).then(|| pages * PAGE_SIZE as f64 * 8.0 / seconds)
     }
 
-    /// What the guest wrote besides its ticks.
+    /// What the guest's kernel complains of, or what the guest said last besides its ticks.
     pub fn console_lines(&self) -> String {
-        format!("its console: {}", self.console.others())
+        let all = self.console.others();
+        let complaints: Vec<&str> = all
+            .lines()
+            .filter(|line| line.contains("BUG:") || line.contains("Kernel panic"))
+            .collect();
+        match &complaints[..] {
+            [] => format!("its console: {}", all.lines().last().unwrap_or_default()),
+            _ => format!("its console: {}", complaints.join(", ")),
+        }
     }
 
     /// Nobody goes on with the line that was begun last.
