@@ -23,6 +23,7 @@ pub mod queue;
 mod report;
 mod snapshot;
 pub(crate) mod sys;
+mod timeline;
 pub mod traffic;
 mod trial;
 

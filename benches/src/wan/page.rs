@@ -4,8 +4,10 @@ use serde_json::Value;
 
 use super::Setup;
 use super::chart::{COLORS, Chart};
+use super::timeline::line_colors;
 
-const STYLE: &str = "body{font:15px/1.4 sans-serif;margin:2em auto;max-width:980px;color:#222}\
+const STYLE: &str = "path{fill:none;stroke-width:1.5}.grid{stroke:#ddd}.zero{stroke:#888;stroke-dasharray:4 3}\
+body{font:15px/1.4 sans-serif;margin:2em auto;max-width:980px;color:#222}\
 table{border-collapse:collapse}td,th{padding:.15em 1em .15em 0;text-align:right;font-variant-numeric:tabular-nums}\
 td:first-child{text-align:left}tr:first-child th{border-bottom:2px solid #ccc}svg{max-width:100%;height:auto}\
 svg text{font:11px sans-serif;fill:#444}h2{font-size:1em;margin:1.5em 0 .3em}pre{font-size:12px;overflow:auto}";
@@ -24,9 +26,10 @@ pub fn page(
         .collect();
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<title>lazyvm bench wan</title>\n\
-         <style>{STYLE}</style>\n<h1>A move over a long path</h1>\n<p>{}</p>\n{}<p>Medians of {} runs. Time 0 is the \
+         <style>{STYLE}{}</style>\n<h1>A move over a long path</h1>\n<p>{}</p>\n{}<p>Medians of {} runs. Time 0 is the \
          order to move; the pictures show each one's run with the median freeze.</p>\n{pictures}<details><summary>All \
          figures</summary><pre>{}</pre></details>\n</html>\n",
+        line_colors(COLORS),
         escaped(&description(setup, congestion_control)),
         table(rows),
         setup.runs,
@@ -82,7 +85,7 @@ fn table(rows: &[Vec<String>]) -> String {
     out + "</table>\n"
 }
 
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")

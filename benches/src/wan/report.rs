@@ -6,6 +6,7 @@ use super::Setup;
 use super::figures::median;
 use super::peer::{Fate, Loss, Variant};
 use super::snapshot::Resumes;
+use super::timeline::timeline;
 use super::trial::Record;
 use super::{chart, page};
 
@@ -253,6 +254,19 @@ impl Outcome {
 
     /// A page for a browser, which needs nothing else.
     pub fn page(&self) -> String {
+        let charts = chart::all(&self.series());
+        let tcp = &self.tcp_congestion_control;
+        page::page(&self.setup, tcp, &self.rows(), &charts, &self.json())
+    }
+
+    /// Its pictures over time alone, for a document.
+    pub fn svg(&self) -> String {
+        let text = page::description(&self.setup, &self.tcp_congestion_control);
+        timeline(&text, &self.series())
+    }
+
+    /// Of each mover the move that is shown.
+    fn series(&self) -> Vec<(String, &Record)> {
         let mut series = Vec::new();
         series.extend(typical(&self.own).map(|record| ("lazyvm".to_owned(), record)));
         series.extend(typical(&self.profiled).map(|record| ("with a profile".to_owned(), record)));
@@ -261,9 +275,7 @@ impl Outcome {
                 .iter()
                 .filter_map(|peer| Some((peer.name(), typical(&peer.arrived)?))),
         );
-        let charts = chart::all(&series);
-        let tcp = &self.tcp_congestion_control;
-        page::page(&self.setup, tcp, &self.rows(), &charts, &self.json())
+        series
     }
 }
 
