@@ -37,6 +37,7 @@ mod driver;
 mod faults;
 mod fill;
 pub mod handover;
+mod hole;
 pub mod install;
 pub mod memory;
 mod pager;
@@ -53,6 +54,7 @@ mod verify;
 
 pub use connect::ConnectError;
 pub use core::LocalReader;
+pub use hole::punch_hole;
 pub use memory::{InstallMode, LazyMemory, LazyRegion};
 pub use pager::{
     Arrived, Filling, Offer, Options, PagerError, Progress, Unplaced, connect, fill_locally,
