@@ -22,7 +22,7 @@ use lazyvm_wire::{PAGE_SHIFT, PAGE_SIZE};
 use nix::errno::Errno;
 
 use crate::attach::{AttachError, Process};
-use crate::pagemap::{scan_entries, scan_written};
+use crate::pagemap::{self, Pages};
 
 /// Why writes can't be noted.
 #[derive(Debug, thiserror::Error)]
@@ -175,20 +175,32 @@ impl WriteWatch {
         for range in &mut self.ranges {
             let (start, end) = (range.start, range.end);
             let scan = |source| DirtyError::Scan { start, source };
-            scan_written(&self.pagemap, start, end, &mut |from, to| {
-                let bits = range.bits(from, to);
-                range.marked[bits].fill(true);
-                dirty(from, to);
-            })
+            pagemap::scan(
+                &self.pagemap,
+                Pages::Written,
+                start,
+                end,
+                &mut |from, to| {
+                    let bits = range.bits(from, to);
+                    range.marked[bits].fill(true);
+                    dirty(from, to);
+                },
+            )
             .map_err(scan)?;
             let mut gaps = Vec::new();
             let mut covered = start;
-            scan_entries(&self.pagemap, start, end, &mut |from, to| {
-                if from > covered {
-                    gaps.push((covered, from));
-                }
-                covered = covered.max(to);
-            })
+            pagemap::scan(
+                &self.pagemap,
+                Pages::WithEntry,
+                start,
+                end,
+                &mut |from, to| {
+                    if from > covered {
+                        gaps.push((covered, from));
+                    }
+                    covered = covered.max(to);
+                },
+            )
             .map_err(scan)?;
             if covered < end {
                 gaps.push((covered, end));
