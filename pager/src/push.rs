@@ -120,7 +120,10 @@ async fn take_in(intake: Intake, stream: RecvStream) -> Result<(), PushError> {
         match header.kind {
             // Before there is memory, maybe; all others wait for it.
             FrameKind::Early => input.keep(&intake, header).await?,
-            FrameKind::Raw => input.install(&intake.memory().await?, header).await?,
+            FrameKind::Raw => {
+                let core = intake.memory().await?;
+                input.install(&core, header).await?;
+            }
             FrameKind::Zero => {
                 let core = intake.memory().await?;
                 each_region(&core, header.range, |part| core.install_zeros(part))?;
