@@ -60,7 +60,7 @@ pub enum Variant {
 /// How a move by QEMU ended.
 pub enum Fate {
     /// The guest works at the destination.
-    Arrived(Record),
+    Arrived(Box<Record>),
     /// It does not, and why.
     Lost(Loss),
 }
@@ -265,7 +265,7 @@ fn arrival(
             died(format!("it fell silent at the destination; {words}"))
         }
         Ok(record) => match incoming.check() {
-            Ok(()) => Ok(Fate::Arrived(record)),
+            Ok(()) => Ok(Fate::Arrived(Box::new(record))),
             Err(ended) => died(ended.to_string()),
         },
         Err(error @ (WanError::WrongMemory(..) | WanError::TooLate { .. })) => {

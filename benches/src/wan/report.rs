@@ -126,7 +126,7 @@ impl Outcome {
             self.peers.len() - 1
         });
         match fate {
-            Fate::Arrived(record) => self.peers[at].arrived.push(record),
+            Fate::Arrived(record) => self.peers[at].arrived.push(*record),
             Fate::Lost(loss) => self.peers[at].lost.push(loss),
         }
     }

@@ -35,7 +35,7 @@ pub fn distinct_pages(workload: &Workload, touches: Touches, from: u64, to: u64)
         random ^= random << 17;
         if touch >= from {
             let draw = mixed(random);
-            if touches == Touches::Writes && (draw >> 20) % 5 != 0 {
+            if touches == Touches::Writes && !(draw >> 20).is_multiple_of(5) {
                 continue;
             }
             let is_cold = draw % 1_000_000 < u64::from(workload.cold_per_million);
