@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::net::IpAddr;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -132,22 +133,6 @@ fn sent_again(lost_at: &LostAt) -> Instant {
     lost_at + RTT * 3 / 2
 }
 
-/// Finds the answers to faults among large packets of a lane that has no push: they come close together. Probes for the
-/// path's largest packet come one in a round trip.
-#[derive(Default)]
-struct Answers(Option<Instant>);
-
-impl Answers {
-    /// Whether this is the second of an answer or a later one.
-    fn has_begun(&mut self, packet: Passing) -> bool {
-        if packet.bytes < LARGE {
-            return false;
-        }
-        let before = self.0.replace(Instant::now());
-        before.is_some_and(|before| before.elapsed() < RTT / 10)
-    }
-}
-
 #[test]
 fn a_lost_packet_of_an_answer_delays_no_other_fault() {
     let test = "a_lost_packet_of_an_answer_delays_no_other_fault";
@@ -156,17 +141,27 @@ fn a_lost_packet_of_an_answer_delays_no_other_fault() {
     }
     let rig = rig(None);
     let lost_at = LostAt::default();
-    let lost = lost_at.clone();
-    let mut answers = Answers::default();
-    // The second of them: it is full of one answer, and all others come behind it.
+    let large_at = Arc::new(Mutex::new(Instant::now()));
+    let chooses = Arc::new(AtomicBool::new(false));
+    let (lost, seen, on) = (lost_at.clone(), large_at.clone(), chooses.clone());
     rig.emulator.lose(move |packet: Passing| {
+        if packet.bytes < LARGE {
+            return false;
+        }
+        *seen.lock().unwrap() = Instant::now();
         let mut lost = lost.lock().unwrap();
-        let chosen = answers.has_begun(packet) && lost.is_none();
+        let chosen = on.load(Ordering::Relaxed) && lost.is_none();
         if chosen {
             *lost = Some(Instant::now());
         }
         chosen
     });
+    // Probes for the path's largest packet are as large as answers, and come one in a round trip until that is found.
+    while large_at.lock().unwrap().elapsed() < 3 * RTT {
+        thread::sleep(RTT / 10);
+    }
+    // The first of the answers' packets: it carries one of them alone, and all others come behind it.
+    chooses.store(true, Ordering::Relaxed);
     let times = touch_all(&rig.memory);
     let again = sent_again(&lost_at);
     let before = times.iter().filter(|time| **time < again).count() as u64;
@@ -188,8 +183,7 @@ fn a_lost_packet_of_the_push_delays_no_fault() {
     let mut started = Some(started);
     let mut bytes_to: HashMap<u16, u64> = HashMap::new();
     let mut push_port = None;
-    let mut answers = Answers::default();
-    let mut answered = false;
+    let mut answers = 0;
     rig.emulator.lose(move |packet: Passing| {
         let Some(port) = packet.to_port else {
             return false;
@@ -204,12 +198,16 @@ fn a_lost_packet_of_the_push_delays_no_fault() {
             }
             return false;
         };
+        if packet.bytes < LARGE {
+            return false;
+        }
         if port != push_port {
-            answered |= answers.has_begun(packet);
+            answers += 1;
             return false;
         }
         let mut lost = lost.lock().unwrap();
-        let chosen = packet.bytes >= LARGE && answered && lost.is_none();
+        // More than the probes for the path's largest packet that may come meanwhile.
+        let chosen = answers > 5 && lost.is_none();
         if chosen {
             *lost = Some(Instant::now());
         }
