@@ -104,17 +104,17 @@ impl Variant {
         }
     }
 
-    /// How long it may take.
-    fn within(self, setup: &Setup) -> Duration {
-        match (self, setup.path.rate_bit_s) {
+    /// How long a move of so much memory may take, of which `most` is what any may.
+    fn within(self, rate_bit_s: u64, memory_bytes: u64, most: Duration) -> Duration {
+        match (self, rate_bit_s) {
             (Self::Precopy, 0) => PRECOPY_AT_LEAST,
             (Self::Precopy, rate) => {
-                let copy = Duration::from_secs_f64(setup.memory_bytes as f64 * 8.0 / rate as f64);
+                let copy = Duration::from_secs_f64(memory_bytes as f64 * 8.0 / rate as f64);
                 PRECOPY_AT_LEAST.max(copy * PRECOPY_COPIES)
             }
-            _ => setup.within,
+            _ => most,
         }
-        .min(setup.within)
+        .min(most)
     }
 }
 
@@ -140,12 +140,13 @@ pub fn run(setup: &Setup, images: &Images, variant: Variant) -> Result<(Fate, St
     let limits = json!({ "max-bandwidth": UNLIMITED_BYTES_S, "downtime-limit": DOWNTIME_LIMIT_MS });
     source.run("migrate-set-parameters", limits)?;
     let order = trial.order()?;
+    let stopped_at = Instant::now();
     if variant == Variant::Stop {
         source.run("stop", json!({}))?;
     }
-    let stopped_at = Instant::now();
     source.run("migrate", uri)?;
-    let mut told = match follow(&mut source, variant, variant.within(setup)) {
+    let within = variant.within(setup.path.rate_bit_s, setup.memory_bytes, setup.within);
+    let mut told = match follow(&mut source, variant, within) {
         Ok(told) => told,
         Err(error) => return Ok((Fate::Lost(loss_of_move(variant, error)?), version)),
     };
@@ -289,5 +290,42 @@ pub fn kill_listener(socket: &Path) {
         && peer.pid() as u32 != std::process::id()
     {
         let _ = kill(Pid::from_raw(peer.pid()), Signal::SIGKILL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn too_late() -> WanError {
+        WanError::TooLate {
+            what: "the end of QEMU's migration",
+            seconds: 30,
+            log: "7 passes begun, 100 bytes left".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_pre_copy_without_an_end_did_not_converge() {
+        let loss = loss_of_move(Variant::Precopy, too_late()).unwrap();
+        assert_eq!(loss.outcome, "did not converge");
+        assert!(loss.why.contains("7 passes"), "{}", loss.why);
+        let loss = loss_of_move(Variant::Postcopy, too_late()).unwrap();
+        assert_eq!(loss.outcome, "did not end");
+        let signal = loss_of_move(Variant::Precopy, WanError::Interrupted);
+        assert!(matches!(signal, Err(WanError::Interrupted)));
+    }
+
+    #[test]
+    fn a_pre_copy_has_ten_times_what_the_path_takes() {
+        let within = |variant: Variant, rate: u64, most_s: u64| {
+            let most = Duration::from_secs(most_s);
+            variant.within(rate, 125_000_000, most).as_secs()
+        };
+        assert_eq!(within(Variant::Precopy, 100_000_000, 600), 100);
+        assert_eq!(within(Variant::Precopy, 100_000_000, 50), 50);
+        assert_eq!(within(Variant::Precopy, 1_000_000_000, 600), 30);
+        assert_eq!(within(Variant::Precopy, 0, 600), 30);
+        assert_eq!(within(Variant::Stop, 1_000_000_000, 600), 600);
     }
 }
