@@ -173,10 +173,7 @@ pub fn resume(args: &ResumeArgs) -> anyhow::Result<Exit> {
     if let Some(machine) = machine.get() {
         machine.set_memory_complete();
     }
-    // The machine is not to suffer from a report that can't be written.
-    let written = write_report(args, &report);
-    tell(&report);
-    let verified = check(&report).and_then(|exit| written.map(|()| exit));
+    let verified = conclude(args, &report);
     // The machine may stay for months; what the move needed is not to stay with it.
     sys::give_back_freed_memory();
     match machine.get().filter(|_| args.stay) {
@@ -330,6 +327,14 @@ fn fill(
     }
     drop(meter);
     Ok(filling.wait()?)
+}
+
+/// Reports a move that is over, and says what that means for this command. That the report can't be written is told last:
+/// the machine is not to suffer from it.
+fn conclude(args: &ResumeArgs, report: &Report) -> anyhow::Result<Exit> {
+    let written = write_report(args, report);
+    tell(report);
+    check(report).and_then(|exit| written.map(|()| exit))
 }
 
 /// Writes the report where one was asked for; logs that it can't be.

@@ -233,6 +233,18 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
         &server.ticket(&session, reachable),
         args.ticket_file.as_deref(),
     )?;
+    let watch = Watch {
+        session: &session,
+        lifetime: ticket_lifetime,
+    };
+    wait(signals, |heard| watch.until_over(heard))
+}
+
+/// Waits for what hears of signals that come meanwhile.
+fn wait<F: Future<Output = anyhow::Result<Exit>>>(
+    signals: Signals,
+    end: impl FnOnce(mpsc::UnboundedReceiver<Signal>) -> F,
+) -> anyhow::Result<Exit> {
     let (heard, signals_heard) = mpsc::unbounded_channel();
     signals
         .tell(move |signal| {
@@ -243,14 +255,8 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
     tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
-        .context("can't wait for the destination")?
-        .block_on(
-            Watch {
-                session: &session,
-                lifetime: ticket_lifetime,
-            }
-            .until_over(signals_heard),
-        )
+        .context("can't wait for a destination")?
+        .block_on(end(signals_heard))
 }
 
 struct Watch<'a> {

@@ -13,7 +13,6 @@
 )]
 #[allow(dead_code, reason = "each bench uses its part")]
 mod random;
-mod sys;
 
 use std::hint::black_box;
 use std::os::unix::fs::FileExt;
@@ -21,6 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
+use lazyvm_benches::BareUffd;
 use lazyvm_pager::install::{Installer, Registration};
 use lazyvm_pager::uffd::Uffd;
 use lazyvm_pager::{InstallMode, LazyMemory};
@@ -28,7 +28,6 @@ use lazyvm_wire::{Layout, PAGE_SIZE, PageIndex, PageRange};
 use nix::time::{ClockId, clock_gettime};
 
 use random::Random;
-use sys::BareUffd;
 
 /// Pages that an iteration fills: a whole number of every run.
 const PAGES: u64 = 1024;

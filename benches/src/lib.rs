@@ -20,3 +20,4 @@ mod way;
 
 pub use error::BenchError;
 pub use image::Content;
+pub use sys::BareUffd;

@@ -12,13 +12,16 @@ use nix::sys::sysinfo::sysinfo;
 use userfaultfd::{FeatureFlags, Uffd, UffdBuilder};
 
 /// Memory registered with a userfaultfd of its own, and nothing around it.
-pub(crate) struct BareUffd<'a> {
+pub struct BareUffd<'a> {
     uffd: Uffd,
     memory: &'a LazyMemory,
 }
 
 impl<'a> BareUffd<'a> {
     /// Registers all of `memory`.
+    ///
+    /// # Errors
+    /// The kernel's.
     pub fn register(memory: &'a LazyMemory) -> io::Result<Self> {
         let uffd = UffdBuilder::new()
             .close_on_exec(true)
@@ -33,6 +36,9 @@ impl<'a> BareUffd<'a> {
     }
 
     /// `UFFDIO_COPY` of `data` to the first region, `offset` bytes from its start.
+    ///
+    /// # Errors
+    /// The kernel's; [`io::ErrorKind::InvalidInput`] beyond the region's end.
     pub fn copy(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let region = self.memory.regions().first().filter(|region| {
             offset

@@ -1,5 +1,8 @@
 //! The conversation with the source, over as many connections as it takes. Runs on the fault lane.
 
+mod lanes;
+mod memory;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -8,7 +11,7 @@ use lazyvm_quic::{ControlStreamError, close_code, describe};
 use lazyvm_wire::control::{
     Rejection, Switchover, ToDestination, ToSource, short_text, switchover_max,
 };
-use lazyvm_wire::held::{self, HeldError};
+use lazyvm_wire::held::HeldError;
 use lazyvm_wire::{Layout, PageMap, PageMapError};
 use quinn::Connection;
 use tokio::runtime::Handle;
@@ -16,15 +19,16 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::MissedTickBehavior;
 
-use crate::connect::{ConnectError, Credentials, Link, connect_bulk, connect_fault};
-use crate::core::{Core, Supply};
+use self::lanes::spawn_demand;
+use self::memory::all_here;
+use crate::connect::{ConnectError, Credentials, Link};
+use crate::core::Core;
+use crate::error::PagerError;
 use crate::handover::{Action, Event, Failure, Handover, Phase};
 use crate::install::{InstallError, Shelf};
-use crate::pager::{PagerError, watch as watch_faults};
 use crate::push::Intake;
 use crate::report::Statistics;
 use crate::stage::{Stage, StageCell};
-use crate::{demand, push};
 
 /// How often the source hears how far this side is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
@@ -330,146 +334,6 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes the page map in: what it does not name is zero.
-    fn take_over(&mut self, core: &Core, switchover: &Switchover) -> Result<(), Lost> {
-        let start = Instant::now();
-        let map = PageMap::decode(&switchover.page_map, core.layout.pages())?;
-        let held = held::decode(&switchover.held, core.layout.pages())?;
-        core.installer.apply_map(map.bits())?;
-        core.hold(&held)?;
-        tracing::debug!(
-            us = start.elapsed().as_micros() as u64,
-            bytes = switchover.page_map.len(),
-            "the page map is taken in"
-        );
-        if core.verifier.is_some() {
-            self.zeros = Some(map);
-        }
-        let bytes = switchover.state.len() + switchover.page_map.len() + switchover.held.len();
-        self.statistics
-            .switchover_bytes
-            .store(bytes as u64, Ordering::Relaxed);
-        core.check_all_here();
-        Ok(())
-    }
-
-    /// The machine is started when all its pages are here.
-    fn wait_for_all(&mut self, core: &Arc<Core>, switchover: Arc<Switchover>) {
-        self.waiting = Some(switchover);
-        // The verifier is among what is waited for.
-        self.note_zeros();
-        self.map_held(core);
-    }
-
-    /// All pages of a machine that waits for them are here: it is started, and its memory is let go of once it runs.
-    fn stop_waiting(&mut self) {
-        if let Some(switchover) = self.waiting.take() {
-            self.stage.set(Stage::Switched(switchover));
-        }
-        if let Some(core) = &self.core {
-            core.check_all_here();
-        }
-    }
-
-    /// Maps the pages that came early, so that the guest need not wait for it. Not before it runs, since that takes a
-    /// processor and the locks of the guest's memory.
-    fn map_held(&self, core: &Arc<Core>) {
-        let core = core.clone();
-        self.bulk_lane.spawn_blocking(move || {
-            if let Err(error) = core.map_held() {
-                tracing::error!(error = %describe(&error), "pages that came early can't be mapped");
-            }
-        });
-    }
-
-    /// Tells the verifier of the pages that the map has made zero: only now, when the machine does not stand still any
-    /// more, and not on this thread.
-    fn note_zeros(&mut self) {
-        let (Some(core), Some(map)) = (self.core.clone(), self.zeros.take()) else {
-            return;
-        };
-        tokio::task::spawn_blocking(move || {
-            if let Some(verifier) = &core.verifier {
-                let table = core.installer.table();
-                table.zeros_of(map.bits(), |run| verifier.zero(run));
-            }
-            core.check_all_here();
-        });
-    }
-
-    /// The machine's memory is there now: takes the map in, and only then looks after its faults.
-    fn place(
-        &mut self,
-        core: &Arc<Core>,
-        link: &Link,
-        lanes: &mut JoinSet<String>,
-    ) -> Result<(), Lost> {
-        let Some(unplaced) = self.unplaced.take() else {
-            return Ok(());
-        };
-        self.core = Some(core.clone());
-        core.count_bytes_of(&link.connection);
-        if let Some(bulk) = &unplaced.bulk {
-            core.count_bytes_of(bulk);
-        }
-        if let Some(switchover) = unplaced.switchover {
-            self.take_over(core, &switchover)?;
-            if switchover.wait {
-                self.wait_for_all(core, switchover);
-            }
-        }
-        unplaced.memory.send_replace(Some(core.clone()));
-        tokio::spawn(watch_faults(core.clone()));
-        spawn_demand(core, link, lanes);
-        Ok(())
-    }
-
-    async fn connect_bulk(&mut self) -> Result<Link, Lost> {
-        // An older source turns away one that comes before the fault lane.
-        if let Some(ahead) = self.bulk_ahead.take()
-            && let Ok(Ok(link)) = ahead.await
-            && link.connection.close_reason().is_none()
-        {
-            return Ok(link);
-        }
-        let connecting = self.bulk_lane.spawn(connect_bulk(self.credentials.clone()));
-        connecting
-            .await
-            .map_err(|error| Lost::Lane(error.to_string()))?
-            .map_err(Lost::Bulk)
-    }
-
-    /// Opens the bulk lane and takes in what comes on it.
-    async fn open_bulk(
-        &mut self,
-        core: &Arc<Core>,
-        lanes: &mut JoinSet<String>,
-    ) -> Result<(), Lost> {
-        let link = self.connect_bulk().await?;
-        core.count_bytes_of(&link.connection);
-        self.run_bulk(Intake::of(core), link, lanes);
-        Ok(())
-    }
-
-    /// The same where there is no memory yet.
-    async fn open_bulk_unplaced(&mut self, lanes: &mut JoinSet<String>) -> Result<(), Lost> {
-        let link = self.connect_bulk().await?;
-        if let Some(unplaced) = &mut self.unplaced {
-            unplaced.bulk = Some(link.connection.clone());
-            let intake = unplaced.intake.clone();
-            self.run_bulk(intake, link, lanes);
-        }
-        Ok(())
-    }
-
-    fn run_bulk(&self, intake: Intake, link: Link, lanes: &mut JoinSet<String>) {
-        let task = async move {
-            let end = push::run(intake, link.connection.clone()).await;
-            describe(&end)
-        };
-        lanes.spawn_on(task, &self.bulk_lane);
-    }
-
     async fn perform(&mut self, actions: Vec<Action>, link: &mut Link) -> Result<(), Lost> {
         for action in actions {
             let message = match action {
@@ -497,86 +361,12 @@ impl Driver {
         Ok(())
     }
 
-    /// Whether pages may come before the switchover: over this connection none has been lost yet.
-    fn takes_early(&self) -> bool {
-        let never_lost = self.statistics.reconnects.load(Ordering::Relaxed) == 0;
-        let takes = match (&self.core, &self.unplaced) {
-            (Some(core), _) => core.installer.takes_early(),
-            (None, Some(unplaced)) => unplaced.intake.shelf.is_some(),
-            (None, None) => false,
-        };
-        never_lost && takes
-    }
-
-    /// The pages that are to be pushed again, as a page map.
-    fn missing(&self) -> Option<Vec<u8>> {
-        if let Some(core) = &self.core {
-            let settled = core.installer.table().settled_bits();
-            return Some(PageMap::from_bits(!settled).encode());
-        }
-        let switchover = self.unplaced.as_ref()?.switchover.as_ref()?;
-        Some(switchover.page_map.clone())
-    }
-
     async fn send_progress(&self, link: &mut Link) -> Result<(), Lost> {
         if let Some(core) = &self.core {
             let pages_here = core.layout.pages() - core.installer.table().remaining();
             link.sender.send(&ToSource::Progress { pages_here }).await?;
         }
         Ok(())
-    }
-
-    /// All pages are here: lets go of the memory.
-    async fn complete(&self) -> Option<Event> {
-        let core = self.core.clone()?;
-        let worker = core.clone();
-        match tokio::task::spawn_blocking(move || worker.installer.complete()).await {
-            Ok(Ok(())) => return Some(Event::AllHere),
-            Ok(Err(error)) => {
-                tracing::error!(error = %describe(&error), "the memory can't be let go of")
-            }
-            Err(error) => tracing::error!(%error, "the memory can't be let go of"),
-        }
-        tokio::time::sleep(PROGRESS_EVERY).await;
-        core.check_all_here();
-        None
-    }
-
-    async fn reconnect(&mut self) -> Result<Link, Event> {
-        let lost_at = Instant::now();
-        let mut backoff = BACKOFF_MIN;
-        loop {
-            match connect_fault(&self.credentials).await {
-                Ok((link, _)) => {
-                    self.statistics.reconnects.fetch_add(1, Ordering::Relaxed);
-                    tracing::info!("connected to the source again");
-                    return Ok(link);
-                }
-                Err(ConnectError::Rejected(rejection))
-                    if matches!(self.handover.phase(), Phase::Asking | Phase::Refusing(_)) =>
-                {
-                    self.rejection = Some(rejection);
-                    return Err(Event::Rejected);
-                }
-                Err(error) => {
-                    tracing::warn!(error = %describe(&error), "the source is not there yet")
-                }
-            }
-            let needed = matches!(self.handover.phase(), Phase::Loading | Phase::Running);
-            if !needed && lost_at.elapsed() > GIVE_UP_AFTER {
-                return Err(Event::GaveUp);
-            }
-            tokio::time::sleep(backoff).await;
-            backoff = (backoff * 2).min(BACKOFF_MAX);
-        }
-    }
-
-    /// Whether pages are still to come.
-    fn needs_lanes(&self) -> bool {
-        !matches!(
-            self.handover.phase(),
-            Phase::Completing | Phase::Refusing(_)
-        )
     }
 
     /// Whether the connection's end is the source's answer to a refusal: it ends the stream in good order.
@@ -607,25 +397,5 @@ impl Driver {
         };
         self.stage.set(Stage::Failed(Arc::new(error)));
         true
-    }
-}
-
-fn spawn_demand(core: &Arc<Core>, link: &Link, lanes: &mut JoinSet<String>) {
-    let core = core.clone();
-    let connection = link.connection.clone();
-    lanes.spawn(async move {
-        match &core.supply {
-            Supply::Source(queue) => describe(&demand::run(&core, queue, &connection).await),
-            Supply::Local(_) => "the pages are here".to_owned(),
-        }
-    });
-}
-
-async fn all_here(core: Option<&Core>) {
-    let Some(core) = core else {
-        return std::future::pending().await;
-    };
-    while !core.is_all_here() {
-        core.all_here.notified().await;
     }
 }

@@ -12,6 +12,7 @@ use std::sync::{Arc, OnceLock};
 use lazyvm_wire::{Backing, PAGE_SHIFT, PageRange};
 use nix::errno::Errno;
 
+use crate::hole::punch_hole;
 use crate::install::Shelf;
 use crate::memory::{InstallMode, LazyMemory};
 use crate::removal::Patience;
@@ -219,18 +220,13 @@ impl Filler {
 
     /// Makes a hole of claimed pages in their file, so that it holds nothing but zeros there. No-op without a file.
     pub(crate) fn punch(&self, run: PageRange) -> Result<(), Cause> {
-        use nix::fcntl::{FallocateFlags, fallocate};
         let Some(target) = self.target(run) else {
             return Err(Cause::Gone(Errno::ENOENT));
         };
         let Some((file, start)) = &self.memory.regions()[target.region].file else {
             return Ok(());
         };
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let offset =
-            i64::try_from(start + target.offset).map_err(|_| Cause::Kernel(Errno::EFBIG))?;
-        let bytes = i64::try_from(target.bytes).map_err(|_| Cause::Kernel(Errno::EFBIG))?;
-        fallocate(file.as_ref(), flags, offset, bytes).map_err(|errno| Cause::Write(errno.into()))
+        punch_hole(file, start + target.offset, target.bytes).map_err(Cause::Write)
     }
 
     /// Wakes all who wait for a page of `range`.

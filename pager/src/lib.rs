@@ -34,9 +34,12 @@ mod connect;
 mod core;
 mod demand;
 mod driver;
+mod error;
 mod faults;
 mod fill;
+mod filling;
 pub mod handover;
+mod hole;
 pub mod install;
 pub mod memory;
 mod pager;
@@ -53,9 +56,9 @@ mod verify;
 
 pub use connect::ConnectError;
 pub use core::LocalReader;
+pub use error::PagerError;
+pub use filling::{Filling, Progress};
+pub use hole::punch_hole;
 pub use memory::{InstallMode, LazyMemory, LazyRegion};
-pub use pager::{
-    Arrived, Filling, Offer, Options, PagerError, Progress, Unplaced, connect, fill_locally,
-    resume, resume_late,
-};
+pub use pager::{Arrived, Offer, Options, Unplaced, connect, fill_locally, resume, resume_late};
 pub use report::{Percentiles, Report};

@@ -3,29 +3,29 @@
 //!
 //! All of these block and belong on threads of the caller's own, not into an async runtime.
 
-use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use lazyvm_quic::{LaneThread, Urgency, describe};
 use lazyvm_wire::control::{Switchover, Welcome};
-use lazyvm_wire::trust::{Identity, TrustError};
-use lazyvm_wire::{Layout, MachineOffer, PageIndex, Ticket};
+use lazyvm_wire::trust::Identity;
+use lazyvm_wire::{Layout, MachineOffer, Ticket};
 use tokio::sync::mpsc;
 
-use crate::connect::{ConnectError, Credentials, connect_bulk, connect_fault};
+use crate::connect::{Credentials, connect_bulk, connect_fault};
 use crate::core::{Core, LocalReader, Supply};
 use crate::demand::RequestQueue;
 use crate::driver::{Command, Driver};
+use crate::error::PagerError;
 use crate::faults;
+use crate::filling::Filling;
 use crate::handover::Handover;
 use crate::install::{Installer, Registration, Shelf};
 use crate::memory::{LazyMemory, MemoryError};
 use crate::port::{DestinationMachine, HandedOver, LateMachine, MachineError};
-use crate::report::{Report, Statistics};
+use crate::report::Statistics;
 use crate::stage::{Stage, StageCell};
-use crate::uffd::{OpenError, RegisterError, Uffd};
+use crate::uffd::Uffd;
 
 /// How a move is taken in.
 #[derive(Clone, Copy, Debug, Default)]
@@ -36,63 +36,19 @@ pub struct Options {
     pub removals: bool,
 }
 
-/// A move that failed.
-#[derive(Debug, thiserror::Error)]
-pub enum PagerError {
-    /// The source was not reached, or lets nobody in.
-    #[error("can't connect to the source")]
-    Connect(#[from] ConnectError),
-    /// No keys.
-    #[error("can't make a key")]
-    Trust(#[from] TrustError),
-    /// A thread could not be started.
-    #[error("can't start a thread")]
-    Thread(#[source] io::Error),
-    /// The memory can't be made.
-    #[error("can't make the memory")]
-    Memory(#[from] MemoryError),
-    /// No userfaultfd.
-    #[error("can't use userfaultfd")]
-    Open(#[from] OpenError),
-    /// The memory can't be registered.
-    #[error("can't register the memory")]
-    Register(#[from] RegisterError),
-    /// This side refused. The machine runs at the source.
-    #[error("the machine can't be run here: {0}")]
-    Refused(String),
-    /// The connection was lost before the hand-over. The machine runs at the source.
-    #[error("the source was lost before it handed the machine over; the machine runs there")]
-    SourceLost,
-    /// The connection was lost for good while the machine was being handed over.
-    #[error(
-        "the source was lost while it handed the machine over; it may stand paused there, \
-         where lazyvm status tells"
-    )]
-    SourceLostAtHandover,
-    /// Another error of this move that was told before.
-    #[error(transparent)]
-    Shared(Arc<PagerError>),
-}
-
-impl From<Arc<PagerError>> for PagerError {
-    fn from(error: Arc<PagerError>) -> Self {
-        Arc::try_unwrap(error).unwrap_or_else(Self::Shared)
-    }
-}
-
 /// How often it is asked whether a machine that waits for its pages still lives.
 const CHECK_EVERY: Duration = Duration::from_millis(200);
 
 /// What all steps of a move hold on to.
-struct Move {
+pub(crate) struct Move {
     // Both lanes end when the move is dropped; see `Filling` for one that is not at its end.
     fault_lane: LaneThread,
     _bulk_lane: LaneThread,
     commands: mpsc::UnboundedSender<Command>,
-    stage: Arc<StageCell>,
+    pub(crate) stage: Arc<StageCell>,
     statistics: Arc<Statistics>,
-    session: String,
-    welcome: Box<Welcome>,
+    pub(crate) session: String,
+    pub(crate) welcome: Box<Welcome>,
     options: Options,
 }
 
@@ -379,123 +335,7 @@ impl Arrived {
         self.inner
             .stage
             .wait(|stage| matches!(stage, Stage::Running | Stage::Done).then_some(()))?;
-        Ok(Filling {
-            inner: Some(self.inner),
-            core: self.core,
-        })
-    }
-}
-
-/// A machine that runs here while its memory arrives.
-///
-/// Dropping it does not stop that: absent pages must not turn into zeros, so the lanes go on for as long as the process.
-pub struct Filling {
-    inner: Option<Move>,
-    core: Arc<Core>,
-}
-
-/// How far the memory is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Progress {
-    /// Pages of the image.
-    pub pages_total: u64,
-    /// Pages that are here, zero pages among them.
-    pub pages_here: u64,
-    /// Pages that came in answer to a fault.
-    pub pages_demand: u64,
-    /// Pages that the push brought.
-    pub pages_pushed: u64,
-    /// Faults that were answered.
-    pub faults: u64,
-    /// Pages that the source said it can't read. Who touches one waits.
-    pub pages_unreadable: u64,
-    /// All is here, and the source has let go.
-    pub done: bool,
-}
-
-impl Filling {
-    /// How far it is.
-    pub fn progress(&self) -> Progress {
-        let statistics = &self.core.statistics;
-        let pages_total = self.core.layout.pages();
-        Progress {
-            pages_total,
-            pages_here: pages_total - self.core.installer.table().remaining(),
-            pages_demand: statistics.pages_demand.load(Ordering::Relaxed),
-            pages_pushed: statistics.pages_pushed.load(Ordering::Relaxed),
-            faults: statistics.faults(),
-            pages_unreadable: statistics.unreadable.load(Ordering::Relaxed),
-            done: self
-                .inner
-                .as_ref()
-                .is_none_or(|inner| matches!(inner.stage.get(), Stage::Done)),
-        }
-    }
-
-    /// Whether a page is in place, or zero and not touched yet.
-    pub fn is_here(&self, page: PageIndex) -> bool {
-        self.core
-            .installer
-            .table()
-            .state(page)
-            .is_some_and(|state| !state.is_missing())
-    }
-
-    /// Waits until the last page is here and the source has let go.
-    ///
-    /// # Errors
-    /// [`PagerError`].
-    pub fn wait(mut self) -> Result<Report, PagerError> {
-        if let Some(inner) = &self.inner {
-            inner
-                .stage
-                .wait(|stage| matches!(stage, Stage::Done).then_some(()))?;
-        }
-        let report = self.report();
-        // At its end the lanes may end too.
-        drop(self.inner.take());
-        Ok(report)
-    }
-
-    /// The figures so far.
-    pub fn report(&self) -> Report {
-        let statistics = &self.core.statistics;
-        let load = crate::report::load;
-        let (session, mode) = self.inner.as_ref().map_or_else(Default::default, |inner| {
-            (inner.session.clone(), inner.welcome.mode.clone())
-        });
-        let (demand, pushed, precopied) = (
-            load(&statistics.pages_demand),
-            load(&statistics.pages_pushed),
-            load(&statistics.pages_precopied),
-        );
-        let here = self.progress().pages_here;
-        Report {
-            session,
-            mode,
-            memory_bytes: self.core.layout.bytes(),
-            pages_total: self.core.layout.pages(),
-            pages_zero: here.saturating_sub(demand + pushed + precopied),
-            pages_precopied: precopied,
-            pages_demand: demand,
-            pages_pushed: pushed,
-            bytes_wire: self.core.bytes_wire(),
-            downtime_us: load(&statistics.downtime_us),
-            switchover_bytes: load(&statistics.switchover_bytes),
-            faults: statistics.faults(),
-            fault_us: statistics.fault_us(),
-            blocktime_us_total: statistics.blocktime_us(),
-            resumed_at_us: load(&statistics.resumed_at_us),
-            complete_at_us: load(&statistics.complete_at_us),
-            reconnects: load(&statistics.reconnects),
-            verified: self.core.verified(),
-        }
-    }
-}
-
-impl Drop for Filling {
-    fn drop(&mut self) {
-        std::mem::forget(self.inner.take());
+        Ok(Filling::new(self.inner, self.core))
     }
 }
 

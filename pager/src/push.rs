@@ -117,15 +117,20 @@ async fn take_in(intake: Intake, stream: RecvStream) -> Result<(), PushError> {
     };
     while let Some(head) = input.header().await? {
         let header = FrameHeader::decode(&head, intake.layout.pages())?;
-        if header.kind == FrameKind::Early {
-            input.keep(&intake, header).await?;
-            continue;
-        }
-        let core = intake.memory().await?;
         match header.kind {
-            FrameKind::Zero => each_region(&core, header.range, |part| core.install_zeros(part))?,
-            FrameKind::Raw | FrameKind::Early => input.install(&core, header).await?,
+            // Before there is memory, maybe; all others wait for it.
+            FrameKind::Early => input.keep(&intake, header).await?,
+            FrameKind::Raw => {
+                let core = intake.memory().await?;
+                input.install(&core, header).await?;
+            }
+            FrameKind::Zero => {
+                let core = intake.memory().await?;
+                each_region(&core, header.range, |part| core.install_zeros(part))?;
+            }
+            FrameKind::Unreadable => intake.memory().await?.unreadable(header.range),
             FrameKind::Digests => {
+                let core = intake.memory().await?;
                 let digests = input.take(header.payload_len()).await?;
                 if let Some(verifier) = &core.verifier {
                     let (digests, _) = digests.as_chunks::<8>();
@@ -134,12 +139,12 @@ async fn take_in(intake: Intake, stream: RecvStream) -> Result<(), PushError> {
                 }
             }
             FrameKind::ZeroDigests => {
+                let core = intake.memory().await?;
                 if let Some(verifier) = &core.verifier {
                     verifier.expected_zero(header.range);
                     core.check_all_here();
                 }
             }
-            FrameKind::Unreadable => core.unreadable(header.range),
         }
     }
     Ok(())

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use lazyvm_wire::control::Switchover;
 
-use crate::pager::PagerError;
+use crate::error::PagerError;
 
 /// How far a move is.
 #[derive(Clone, Debug)]

@@ -46,6 +46,9 @@ pub struct WanArgs {
     resume_flag: Vec<String>,
     #[command(flatten)]
     output: OutputArgs,
+    /// Write the guest's speed and the bytes on the path over time as a picture to FILE
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
 }
 
 /// The path between source and destination, each way alike.
@@ -128,7 +131,7 @@ impl From<Guest> for wan::guest::Guest {
 enum Peer {
     /// Nobody's
     None,
-    /// QEMU's own post-copy, with and without postcopy-preempt; needs --guest qemu
+    /// QEMU's own ways of the same mode; needs --guest qemu
     Qemu,
 }
 
@@ -190,6 +193,9 @@ pub fn wan(args: &WanArgs) -> anyhow::Result<Exit> {
     };
     if let Some(path) = &args.output.html {
         write(path, &outcome.page())?;
+    }
+    if let Some(path) = &args.svg {
+        write(path, &outcome.svg())?;
     }
     std::io::stdout().write_all(to_stdout.as_bytes())?;
     Ok(Exit::Done)

@@ -9,7 +9,7 @@ use lazyvm_vmm_glue::firecracker::api::Api;
 use lazyvm_vmm_glue::firecracker::destination::Destination;
 
 use super::machine::{Cancel, Cancellable};
-use super::{ResumeArgs, check, fill, take_over, tell, wait_for_start, write_report};
+use super::{ResumeArgs, conclude, fill, take_over, wait_for_start};
 use crate::events::Events;
 use crate::exit::Exit;
 use crate::metrics::StatusPage;
@@ -39,7 +39,5 @@ pub fn resume(args: &ResumeArgs, api: &Path) -> anyhow::Result<Exit> {
     let report = fill(args, filling, &events, page.as_ref(), || {
         life.has_ended().then(|| "Firecracker ended".to_owned())
     })?;
-    let written = write_report(args, &report);
-    tell(&report);
-    check(&report).and_then(|exit| written.map(|()| exit))
+    conclude(args, &report)
 }

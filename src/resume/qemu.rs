@@ -7,7 +7,7 @@ use lazyvm_vmm_glue::qemu::{Command, Destination, Running};
 use lazyvm_wire::Ticket;
 
 use super::machine::{Cancel, Cancellable};
-use super::{ResumeArgs, check, fill, take_over, tell, wait_for_start, write_report};
+use super::{ResumeArgs, conclude, fill, take_over, wait_for_start};
 use crate::events::{Event, Events};
 use crate::exit::{Exit, Problem};
 use crate::metrics::StatusPage;
@@ -44,10 +44,7 @@ pub fn resume(
         "the VM runs in QEMU here; its memory arrives"
     );
     let report = fill(args, filling, &events, page, || how_it_ended(&running))?;
-    // The machine is not to suffer from a report that can't be written.
-    let written = write_report(args, &report);
-    tell(&report);
-    let verified = check(&report).and_then(|exit| written.map(|()| exit));
+    let verified = conclude(args, &report);
     if args.stay {
         stay(&running, &events).and(verified)
     } else {

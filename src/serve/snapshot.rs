@@ -13,7 +13,7 @@ use lazyvm_wire::trust::Identity;
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
-use super::{PROGRESS_EVERY, ServeArgs};
+use super::{PROGRESS_EVERY, ServeArgs, wait};
 use crate::exit::{Exit, Problem};
 use crate::signals::Signals;
 use crate::{addresses, ticket};
@@ -64,18 +64,7 @@ pub fn serve(args: &ServeArgs, directory: &Path) -> anyhow::Result<Exit> {
         &server.fleet_ticket(&fleet, reachable),
         args.ticket_file.as_deref(),
     )?;
-    let (heard, signals_heard) = mpsc::unbounded_channel();
-    signals
-        .tell(move |signal| {
-            // Fails only when this command is ending.
-            let _ = heard.send(signal);
-        })
-        .context("can't handle signals")?;
-    tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .build()
-        .context("can't wait for destinations")?
-        .block_on(until_signalled(&fleet, signals_heard))
+    wait(signals, |heard| until_signalled(&fleet, heard))
 }
 
 /// The snapshot in `directory`, whoever wrote it.

@@ -26,6 +26,8 @@ fn bench(home: &Home, flags: &str) -> Value {
         .arg(&json)
         .arg("--html")
         .arg(home.path("wan.html"))
+        .arg("--svg")
+        .arg(home.path("wan.svg"))
         .args(flags.split_ascii_whitespace());
     home.start("bench", &mut command).ends_with(0);
     serde_json::from_slice(&fs::read(json).unwrap()).unwrap()
@@ -72,6 +74,10 @@ fn a_payload_over_a_path_with_a_blackout() {
     assert_eq!(json["single_runs"].as_array().map(Vec::len), Some(2));
     let page = fs::read_to_string(home.path("wan.html")).unwrap();
     assert!(page.contains("<svg") && !page.contains("src=") && !page.contains("href="));
+    let picture = fs::read_to_string(home.path("wan.svg")).unwrap();
+    assert!(picture.starts_with("<svg") && picture.contains("prefers-color-scheme"));
+    assert!(!picture.contains("<script") && !picture.contains("href="));
+    assert!(picture.len() < 60_000, "{} bytes", picture.len());
 }
 
 #[test]
@@ -101,8 +107,40 @@ fn a_linux_guest_beside_qemus_own_migration() {
     assert_figures(&json["peer"]);
     for variant in ["postcopy", "postcopy-preempt"] {
         assert_figures(&json["peers"][variant]);
+        assert_eq!(json["peers"][variant]["outcome"], "arrived");
     }
     assert!(json["freeze_ratio"].is_f64(), "{json}");
+    assert!(json["tcp_congestion_control"].is_string(), "{json}");
+    // A fifth of 100,000 touches a second are writes.
+    let dirty = json["dirty_bit_s"].as_f64();
+    assert!(dirty.is_some_and(|bits| bits > 0.0 && bits < 20_000.0 * 4096.0 * 8.0 * 1.1));
+    assert!(json["copies"].as_f64() > Some(0.0), "{json}");
+    // Under emulation this one may lose its guest, which is told then.
+    let switched = &json["peers"]["precopy-postcopy"];
+    match switched["outcome"].as_str() {
+        Some("arrived") => assert_figures(switched),
+        _ => assert!(switched["lost"][0]["why"].is_string(), "{switched}"),
+    }
+}
+
+#[test]
+fn a_linux_guest_beside_qemus_own_way_of_each_mode() {
+    let test = "a_linux_guest_beside_qemus_own_way_of_each_mode";
+    if !is_root(test) || !has_kernel(test) {
+        return;
+    }
+    for (mode, may_lose) in [("stop", false), ("precopy", true)] {
+        let home = Home::new();
+        let flags = format!("--guest qemu --memory 128M --compare qemu --mode {mode}");
+        let json = bench(&home, &flags);
+        assert_figures(&json);
+        let peer = &json["peer"];
+        assert_eq!(peer["variant"], mode);
+        match peer["outcome"].as_str() {
+            Some("arrived") => assert_figures(peer),
+            _ => assert!(may_lose && peer["lost"][0]["why"].is_string(), "{peer}"),
+        }
+    }
 }
 
 #[test]

@@ -2,21 +2,21 @@
 
 use super::trial::Record;
 
-const WIDTH: f64 = 960.0;
-const HEIGHT: f64 = 260.0;
-const LEFT: f64 = 70.0;
+pub(super) const WIDTH: f64 = 960.0;
+pub(super) const HEIGHT: f64 = 260.0;
+pub(super) const LEFT: f64 = 70.0;
 const RIGHT: f64 = 20.0;
 const TOP: f64 = 14.0;
 const BOTTOM: f64 = 36.0;
 
 /// Bins of speed and of bytes, in microseconds.
-const BIN_US: i64 = 50_000;
+pub(super) const BIN_US: i64 = 50_000;
 
 /// What is shown of the time before the order.
-const MARGIN_US: i64 = 1_000_000;
+pub(super) const MARGIN_US: i64 = 1_000_000;
 
-/// Colors that people who don't see all colors can tell apart (Okabe and Ito).
-pub const COLORS: [&str; 3] = ["#0072b2", "#d55e00", "#009e73"];
+/// Colors that people who don't see all colors can tell apart (Okabe and Ito), on white.
+pub const COLORS: [&str; 4] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"];
 
 /// Bounds of the histogram of gaps, in milliseconds.
 const GAPS_MS: [f64; 12] = [
@@ -32,7 +32,7 @@ pub struct Chart {
 }
 
 /// A line, with its points in seconds and a number.
-struct Line {
+pub(super) struct Line {
     points: Vec<(f64, f64)>,
     /// Whether a number holds until the next.
     steps: bool,
@@ -45,21 +45,22 @@ pub fn all(series: &[(String, &Record)]) -> Vec<Chart> {
         .map(|(_, record)| record.end_us)
         .max()
         .unwrap_or(0);
-    let lines = |of: fn(&Record) -> Line| -> Vec<Line> {
+    let lines = |of: &dyn Fn(&Record) -> Line| -> Vec<Line> {
         series.iter().map(|(_, record)| of(record)).collect()
     };
+    let over_time = |lines: &[Line]| open() + &plot(lines, to_us) + "</svg>\n";
     vec![
         Chart {
-            title: "The guest's speed, % of its speed before the move",
-            svg: over_time(&lines(speed), to_us),
+            title: SPEED,
+            svg: over_time(&lines(&|record| speed(record, BIN_US))),
         },
         Chart {
-            title: "Arrived from the source, Mbit/s",
-            svg: over_time(&lines(rate), to_us),
+            title: RATE,
+            svg: over_time(&lines(&|record| rate(record, BIN_US))),
         },
         Chart {
             title: "Pages waited for so far",
-            svg: over_time(&lines(faults), to_us),
+            svg: over_time(&lines(&faults)),
         },
         Chart {
             title: "How long the guest was silent: the number of gaps between ticks by their length, from the order on",
@@ -68,28 +69,34 @@ pub fn all(series: &[(String, &Record)]) -> Vec<Chart> {
     ]
 }
 
-fn speed(record: &Record) -> Line {
-    let per_bin = record.figures.speed_before_hz * BIN_US as f64 / 1e6;
+/// What [`speed`] shows.
+pub(super) const SPEED: &str = "The guest's speed, % of its speed before the move";
+
+pub(super) fn speed(record: &Record, bin_us: i64) -> Line {
+    let per_bin = record.figures.speed_before_hz * bin_us as f64 / 1e6;
     let signs = record.signs.iter().map(|sign| (sign.at_us, 1.0));
-    binned(signs, record.end_us, 100.0 / per_bin.max(1e-9))
+    binned(signs, record.end_us, bin_us, 100.0 / per_bin.max(1e-9))
 }
 
-fn rate(record: &Record) -> Line {
+/// What [`rate`] shows.
+pub(super) const RATE: &str = "Arrived from the source, Mbit/s";
+
+pub(super) fn rate(record: &Record, bin_us: i64) -> Line {
     let bytes = record.bytes.iter().map(|(at, bytes)| (*at, *bytes as f64));
-    binned(bytes, record.end_us, 8.0 / BIN_US as f64)
+    binned(bytes, record.end_us, bin_us, 8.0 / bin_us as f64)
 }
 
-/// Sums by [`BIN_US`], times `factor`.
-fn binned(events: impl Iterator<Item = (i64, f64)>, to_us: i64, factor: f64) -> Line {
-    let count = ((to_us + MARGIN_US) / BIN_US).max(0) as usize;
+/// Sums by `bin_us`, times `factor`.
+fn binned(events: impl Iterator<Item = (i64, f64)>, to_us: i64, bin_us: i64, factor: f64) -> Line {
+    let count = ((to_us + MARGIN_US) / bin_us).max(0) as usize;
     let mut bins = vec![0.0; count];
     for (at, number) in events {
-        let bin = (at + MARGIN_US).div_euclid(BIN_US);
+        let bin = (at + MARGIN_US).div_euclid(bin_us);
         if let Some(sum) = usize::try_from(bin).ok().and_then(|bin| bins.get_mut(bin)) {
             *sum += number;
         }
     }
-    let at = |bin: i64| (bin * BIN_US - MARGIN_US) as f64 / 1e6;
+    let at = |bin: i64| (bin * bin_us - MARGIN_US) as f64 / 1e6;
     Line {
         points: (0..)
             .zip(bins)
@@ -115,7 +122,8 @@ fn faults(record: &Record) -> Line {
     }
 }
 
-fn over_time(lines: &[Line], to_us: i64) -> String {
+/// The inside of a picture of [`WIDTH`] by [`HEIGHT`]; `grid`, `zero` and `line0` to `line3` are its classes.
+pub(super) fn plot(lines: &[Line], to_us: i64) -> String {
     let from_s = -MARGIN_US as f64 / 1e6;
     let to_s = to_us as f64 / 1e6;
     let most = lines
@@ -125,8 +133,7 @@ fn over_time(lines: &[Line], to_us: i64) -> String {
     let top = ceiling(most);
     let x = |s: f64| LEFT + (s - from_s) / (to_s - from_s) * (WIDTH - LEFT - RIGHT);
     let y = |number: f64| HEIGHT - BOTTOM - number / top * (HEIGHT - BOTTOM - TOP);
-    let mut svg = open();
-    svg += &grid(top, y);
+    let mut svg = grid(top, y);
     let step = ceiling((to_s - from_s) / 12.0);
     let mut at = 0.0;
     while at <= to_s {
@@ -141,23 +148,36 @@ fn over_time(lines: &[Line], to_us: i64) -> String {
     let zero = x(0.0);
     let (high, low) = (TOP, HEIGHT - BOTTOM);
     svg += &format!(
-        "<line x1=\"{zero:.1}\" y1=\"{high}\" x2=\"{zero:.1}\" y2=\"{low}\" stroke=\"#888\" stroke-dasharray=\"4 3\"/>\n"
+        "<line class=\"zero\" x1=\"{zero:.1}\" y1=\"{high}\" x2=\"{zero:.1}\" y2=\"{low}\"/>\n"
     );
-    for (line, color) in lines.iter().zip(COLORS.iter().cycle()) {
-        let mut path = String::new();
-        let mut before = None;
-        for (s, number) in &line.points {
-            if let Some(before) = before.filter(|_| line.steps) {
-                path += &format!("{:.1},{:.1} ", x(*s), y(before));
-            }
-            path += &format!("{:.1},{:.1} ", x(*s), y(*number));
-            before = Some(*number);
-        }
-        svg += &format!(
-            "<polyline points=\"{path}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.5\"/>\n"
-        );
+    for (line, number) in lines.iter().zip((0..COLORS.len()).cycle()) {
+        let path = line.path(x, y);
+        svg += &format!("<path class=\"line{number}\" d=\"{path}\"/>\n");
     }
-    svg + "</svg>\n"
+    svg
+}
+
+impl Line {
+    /// The commands of an SVG path. A number that stays the same is not repeated.
+    fn path(&self, x: impl Fn(f64) -> f64, y: impl Fn(f64) -> f64) -> String {
+        let mut path = String::new();
+        let mut before = String::new();
+        let last = self.points.len().saturating_sub(1);
+        for (index, (s, number)) in self.points.iter().enumerate() {
+            let (x, y) = (format!("{:.1}", x(*s)), format!("{:.1}", y(*number)));
+            if index == 0 {
+                path += &format!("M{x} {y}");
+            } else if !self.steps {
+                path += &format!("L{x} {y}");
+            } else if y != before {
+                path += &format!("H{x}V{y}");
+            } else if index == last {
+                path += &format!("H{x}");
+            }
+            before = y;
+        }
+        path
+    }
 }
 
 fn histogram(series: &[(String, &Record)]) -> String {
@@ -216,13 +236,13 @@ fn grid(top: f64, y: impl Fn(f64) -> f64) -> String {
         .map(|quarter| {
             let number = top * f64::from(quarter) / 4.0;
             let at = y(number);
-            format!("<line x1=\"{LEFT}\" y1=\"{at:.1}\" x2=\"{right}\" y2=\"{at:.1}\" stroke=\"#ddd\"/>\n")
+            format!("<line class=\"grid\" x1=\"{LEFT}\" y1=\"{at:.1}\" x2=\"{right}\" y2=\"{at:.1}\"/>\n")
                 + &label(LEFT - 6.0, at + 4.0, "end", &short(number))
         })
         .collect()
 }
 
-fn label(x: f64, y: f64, anchor: &str, text: &str) -> String {
+pub(super) fn label(x: f64, y: f64, anchor: &str, text: &str) -> String {
     format!("<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{text}</text>\n")
 }
 
@@ -239,7 +259,7 @@ fn ceiling(number: f64) -> f64 {
     found.unwrap_or(number)
 }
 
-fn short(number: f64) -> String {
+pub(super) fn short(number: f64) -> String {
     let text = format!("{number:.2}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
@@ -266,6 +286,17 @@ mod tests {
     }
 
     #[test]
+    fn a_path_has_no_point_twice_and_goes_on_to_its_end() {
+        let of = |steps: bool| Line {
+            points: vec![(0.0, 1.0), (1.0, 1.0), (2.0, 5.0), (3.0, 5.0)],
+            steps,
+        };
+        let path = |line: Line| line.path(|x| x * 10.0, |y| y);
+        assert_eq!(path(of(true)), "M0.0 1.0H20.0V5.0H30.0");
+        assert_eq!(path(of(false)), "M0.0 1.0L10.0 1.0L20.0 5.0L30.0 5.0");
+    }
+
+    #[test]
     fn events_are_counted_in_their_bin() {
         let line = binned(
             [
@@ -276,6 +307,7 @@ mod tests {
             ]
             .into_iter(),
             1_000_000,
+            BIN_US,
             2.0,
         );
         assert_eq!(line.points.len(), 40);

@@ -62,6 +62,18 @@ const DEVICE_QUEUE: u32 = 20_000;
 const TCP_BUFFERS: &str = "4096 131072 67108864";
 const UDP_BUFFER_BYTES: u64 = 64 << 20;
 
+/// A packet from the source that is about to go on its way.
+#[derive(Clone, Copy, Debug)]
+pub struct Passing {
+    /// The port that it goes to.
+    pub to_port: Option<u16>,
+    /// Bytes of IP.
+    pub bytes: u64,
+}
+
+/// Says of each packet from the source whether it is to be lost.
+type Choice = Box<dyn FnMut(Passing) -> bool + Send>;
+
 /// The path, until it is dropped.
 pub struct Emulator {
     /// The source's end.
@@ -85,6 +97,8 @@ struct Shared {
     change: Mutex<Option<PathConfig>>,
     changed: AtomicBool,
     traffic: Mutex<Traffic>,
+    choice: Mutex<Option<Choice>>,
+    chooses: AtomicBool,
 }
 
 impl Emulator {
@@ -151,6 +165,13 @@ impl Emulator {
     pub fn change(&self, path: PathConfig) {
         *lock(&self.shared.change) = Some(path);
         self.shared.changed.store(true, Ordering::Release);
+    }
+
+    /// Loses those packets from the source of which `choice` says so, one by one and on the relay's thread: for who wants to
+    /// lose a certain one.
+    pub fn lose(&self, choice: impl FnMut(Passing) -> bool + Send + 'static) {
+        *lock(&self.shared.choice) = Some(Box::new(choice));
+        self.shared.chooses.store(true, Ordering::Release);
     }
 
     /// What has gone through so far.
@@ -279,7 +300,16 @@ impl Relay {
             };
             let now = self.now_ns();
             self.activity.note(now, 1);
-            let dropped = enqueue(&mut self.queues[from], now, packet);
+            let dropped = if from == 0 && self.shared.chooses.load(Ordering::Acquire) {
+                let to_port = packet.to_port();
+                let mut choice = lock(&self.shared.choice);
+                enqueue(&mut self.queues[from], now, packet, |bytes| {
+                    let passing = Passing { to_port, bytes };
+                    choice.as_mut().is_some_and(|choice| choice(passing))
+                })
+            } else {
+                enqueue(&mut self.queues[from], now, packet, |_| false)
+            };
             lock(&self.shared.traffic).took(dropped);
         }
         Ok(true)
@@ -329,8 +359,14 @@ impl Relay {
     }
 }
 
-/// Puts a packet, which may stand for many, on its way: in one where all of it fares alike. Says what is lost of it.
-fn enqueue(queue: &mut PathQueue<Packet>, now_ns: u64, packet: Packet) -> Vec<Dropped> {
+/// Puts a packet, which may stand for many, on its way: in one where all of it fares alike. `lose` hears how long each of
+/// them is and says whether it is lost. Says what is lost of it.
+fn enqueue(
+    queue: &mut PathQueue<Packet>,
+    now_ns: u64,
+    packet: Packet,
+    mut lose: impl FnMut(u64) -> bool,
+) -> Vec<Dropped> {
     struct Run {
         first: usize,
         count: usize,
@@ -341,6 +377,10 @@ fn enqueue(queue: &mut PathQueue<Packet>, now_ns: u64, packet: Packet) -> Vec<Dr
     let mut dropped = Vec::new();
     for (number, bytes) in packet.segments().enumerate() {
         let due_ns = match queue.admit(now_ns, bytes) {
+            Ok(_) if lose(bytes) => {
+                dropped.push(Dropped::Lost);
+                continue;
+            }
             Ok(due_ns) => due_ns,
             Err(why) => {
                 dropped.push(why);

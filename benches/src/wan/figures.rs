@@ -136,6 +136,15 @@ pub struct Figures {
     pub downtime_us: u64,
     /// Bytes of IP that came from the source, counted on the path.
     pub bytes_wire: u64,
+    /// Memory that the guest had written to at the order; `None` of a clone.
+    pub data_bytes: Option<u64>,
+    /// `total_ms` by the time in which the path carries `data_bytes`; `None` without a limit of its rate.
+    pub copies: Option<f64>,
+    /// Memory that the guest's workload dirtied in the last second before the order, in bits: a page that was written to
+    /// counts once, as a whole; `None` of a clone.
+    pub dirty_bit_s: Option<f64>,
+    /// The same by the path's rate.
+    pub dirty_share: Option<f64>,
     /// Pages that a vCPU waited for, as the mover counts them.
     pub faults: u64,
     /// Pages that the guest's workload touched from its last sign of life at the source until all was there, each counted

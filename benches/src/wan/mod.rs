@@ -2,9 +2,9 @@
 //!
 //! The rig is two network namespaces with an emulated wide-area path between them (`emulator`, `queue`). A guest works
 //! at one end and writes a tick for each so much progress; the ticks are stamped when they are read (`console`). lazyvm
-//! moves it as a user would (`lazyvm`); QEMU's own post-copy moves another one of the same kind over the same path
-//! (`peer`). With
-//! `Setup::snapshot` it is resumed from a snapshot instead (`snapshot`). Figures come from the ticks alone (`figures`), so they mean the same for both.
+//! moves it as a user would (`lazyvm`); QEMU's own migration in the same mode moves another one of the same kind over the
+//! same path (`peer`). With `Setup::snapshot` it is resumed from a snapshot instead (`snapshot`). Figures come from the
+//! ticks alone (`figures`), so they mean the same for both.
 
 mod chart;
 pub mod console;
@@ -23,6 +23,7 @@ pub mod queue;
 mod report;
 mod snapshot;
 pub(crate) mod sys;
+mod timeline;
 pub mod traffic;
 mod trial;
 
@@ -36,7 +37,7 @@ pub use report::Outcome;
 pub use trial::command;
 
 use guest::{Guest, Images, Workload};
-use peer::Variant;
+use peer::{Fate, Variant};
 use queue::PathConfig;
 
 /// What is measured.
@@ -61,7 +62,7 @@ pub struct Setup {
     /// Whether it is resumed from a snapshot instead of being moved: first without a profile of earlier resumes, then with
     /// what the first one has recorded.
     pub snapshot: bool,
-    /// Whether QEMU's own post-copy is measured too.
+    /// Whether QEMU's own ways of this mode are measured too.
     pub compare_qemu: bool,
     /// How often; medians count.
     pub runs: u32,
@@ -85,7 +86,8 @@ pub fn run(setup: &Setup, mut progress: impl FnMut(&str)) -> Result<Outcome, Wan
         Guest::Payload => None,
         Guest::Qemu => Some(Images::make(folder.path(), setup.kernel.as_deref())?),
     };
-    let mut outcome = Outcome::new(setup.clone());
+    let congestion_control = namespace::tcp_congestion_control().map_err(WanError::Network)?;
+    let mut outcome = Outcome::new(setup.clone(), congestion_control);
     for number in 1..=setup.runs {
         let mut say = |what: &str| progress(&format!("run {number} of {}: {what}", setup.runs));
         if setup.snapshot {
@@ -98,10 +100,13 @@ pub fn run(setup: &Setup, mut progress: impl FnMut(&str)) -> Result<Outcome, Wan
         let Some(images) = images.as_ref().filter(|_| setup.compare_qemu) else {
             continue;
         };
-        for variant in Variant::ALL {
+        for &variant in Variant::of(setup.mode) {
             say(&format!("QEMU's own, {}", variant.name()));
-            let (record, version) = peer::run(setup, images, variant)?;
-            outcome.add_peer(variant, record, version);
+            let (fate, version) = peer::run(setup, images, variant)?;
+            if let Fate::Lost(loss) = &fate {
+                say(&format!("{}: {}", loss.outcome, loss.why));
+            }
+            outcome.add_peer(variant, fate, version);
         }
     }
     Ok(outcome)

@@ -57,6 +57,13 @@ impl Namespace {
     }
 }
 
+/// The congestion control of TCP in a new namespace: the machine's default.
+pub fn tcp_congestion_control() -> io::Result<String> {
+    let read = || fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control");
+    let name = Namespace::new()?.within(read)?;
+    Ok(name.trim().to_owned())
+}
+
 fn on_a_thread<T: Send>(act: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     thread::scope(|scope| {
         let thread = thread::Builder::new().spawn_scoped(scope, act)?;

@@ -84,6 +84,16 @@ impl Packet {
             .map(move |number| (headers + payload.saturating_sub(number * size).min(size)) as u64)
     }
 
+    /// The port that it goes to, of TCP and of UDP alike.
+    pub fn to_port(&self) -> Option<u16> {
+        let ip = self.bytes.get(VNET_HEADER_BYTES..)?;
+        let is_ip4 = ip.first()? >> 4 == 4;
+        let has_ports = is_ip4 && [IP_TCP, IP_UDP].contains(ip.get(9)?);
+        let at = usize::from(ip[0] & 0x0f) * 4 + 2;
+        let port = ip.get(at..at + 2).filter(|_| has_ports)?;
+        Some(u16::from_be_bytes([port[0], port[1]]))
+    }
+
     /// A packet of `count` segments from `first` on; itself when that is all of it.
     pub fn part(&self, first: usize, count: usize) -> Self {
         let total = self.count();
@@ -213,6 +223,7 @@ mod tests {
         ip[12..20].copy_from_slice(&[10, 0, 0, 1, 10, 0, 0, 2]);
         let check = ip_checksum(&ip[..20]);
         set_u16(ip, 10, check);
+        set_u16(ip, 22, 443);
         ip[24..28].copy_from_slice(&0xffff_ff00_u32.to_be_bytes());
         ip[32] = 5 << 4;
         ip[33] = TCP_FIN | TCP_PSH | TCP_CWR | 0x10;
@@ -228,11 +239,13 @@ mod tests {
         assert_eq!(packet.count(), 3);
         assert_eq!(packet.segments().collect::<Vec<_>>(), [1040, 1040, 540]);
         assert_eq!(packet.wire_bytes(), 2620);
+        assert_eq!(packet.to_port(), Some(443));
     }
 
     #[test]
     fn a_packet_without_segments_is_one() {
         let packet = Packet::new(&[0; VNET_HEADER_BYTES + 100]).unwrap();
+        assert_eq!(packet.to_port(), None);
         assert_eq!(packet.segments().collect::<Vec<_>>(), [100]);
         assert!(Packet::new(&[0; VNET_HEADER_BYTES]).is_none());
     }
@@ -289,6 +302,7 @@ mod tests {
                 let mut bytes = vec![kind; length];
                 bytes[VNET_HEADER_BYTES] = 0x45;
                 if let Some(packet) = Packet::new(&bytes) {
+                    packet.to_port();
                     for first in 0..packet.count() {
                         packet.part(first, 1);
                     }

@@ -4,8 +4,9 @@ use serde_json::{Value, json};
 
 use super::Setup;
 use super::figures::median;
-use super::peer::Variant;
+use super::peer::{Fate, Loss, Variant};
 use super::snapshot::Resumes;
+use super::timeline::timeline;
 use super::trial::Record;
 use super::{chart, page};
 
@@ -16,9 +17,20 @@ pub struct Outcome {
     /// Resumes from snapshots that had a profile, and what the snapshots' pauses took in microseconds.
     profiled: Vec<Record>,
     pauses_us: Vec<u64>,
-    peers: Vec<(Variant, Vec<Record>)>,
+    peers: Vec<Peer>,
     peer_version: String,
+    tcp_congestion_control: String,
 }
+
+/// All moves of one of QEMU's ways.
+struct Peer {
+    variant: Variant,
+    arrived: Vec<Record>,
+    lost: Vec<Loss>,
+}
+
+/// What a move is called that went well.
+const ARRIVED: &str = "arrived";
 
 /// A row of the table: its name, and where its figure is.
 struct Row {
@@ -38,15 +50,23 @@ const fn row(name: &'static str, path: &'static [&'static str], unit: f64, decim
     }
 }
 
-const ROWS: [Row; 20] = [
+const ROWS: [Row; 23] = [
+    row("how it ended", &["outcome"], 1.0, 0),
     row("first sign of life, ms", &["first_sign_ms"], 1.0, 0),
     row("freeze, ms", &["freeze_ms"], 1.0, 0),
     row("back to 80% of its speed, ms", &["recovered_ms"], 1.0, 0),
     row("total, ms", &["total_ms"], 1.0, 0),
+    row("total, copies of its data", &["copies"], 1.0, 2),
     row("from pause to complete, ms", &["after_pause_ms"], 1.0, 0),
     row("downtime as told, ms", &["downtime_us"], 1e3, 1),
     row("bytes on the wire, MB", &["bytes_wire"], 1e6, 1),
     row("share of the path's rate, %", &["path_share"], 0.01, 1),
+    row(
+        "dirtied by path's rate before, %",
+        &["dirty_share"],
+        0.01,
+        0,
+    ),
     row("faults", &["faults"], 1.0, 0),
     row("pages touched until complete", &["touched_pages"], 1.0, 0),
     row("faults of those, %", &["fault_share"], 0.01, 2),
@@ -72,7 +92,7 @@ const ROWS: [Row; 20] = [
 ];
 
 impl Outcome {
-    pub(super) fn new(setup: Setup) -> Self {
+    pub(super) fn new(setup: Setup, tcp_congestion_control: String) -> Self {
         Self {
             setup,
             own: Vec::new(),
@@ -80,6 +100,7 @@ impl Outcome {
             pauses_us: Vec::new(),
             peers: Vec::new(),
             peer_version: String::new(),
+            tcp_congestion_control,
         }
     }
 
@@ -93,15 +114,24 @@ impl Outcome {
         self.profiled.push(resumes.profiled);
     }
 
-    pub(super) fn add_peer(&mut self, variant: Variant, record: Record, version: String) {
+    pub(super) fn add_peer(&mut self, variant: Variant, fate: Fate, version: String) {
         self.peer_version = version;
-        match self.peers.iter_mut().find(|(known, _)| *known == variant) {
-            Some((_, records)) => records.push(record),
-            None => self.peers.push((variant, vec![record])),
+        let known = self.peers.iter().position(|peer| peer.variant == variant);
+        let at = known.unwrap_or_else(|| {
+            self.peers.push(Peer {
+                variant,
+                arrived: Vec::new(),
+                lost: Vec::new(),
+            });
+            self.peers.len() - 1
+        });
+        match fate {
+            Fate::Arrived(record) => self.peers[at].arrived.push(*record),
+            Fate::Lost(loss) => self.peers[at].lost.push(loss),
         }
     }
 
-    /// Everything, as one object: lazyvm's medians at the top, those of QEMU's better way under `peer`.
+    /// Everything, as one object: lazyvm's medians at the top, those of QEMU's best way under `peer`.
     pub fn json(&self) -> Value {
         let path = &self.setup.path;
         let workload = &self.setup.workload;
@@ -122,6 +152,7 @@ impl Outcome {
             "blackout_at_ms": self.setup.blackout.map(|(at, _)| at.as_secs_f64() * 1e3),
             "blackout_for_ms": self.setup.blackout.map(|(_, time)| time.as_secs_f64() * 1e3),
             "runs": self.own.len(),
+            "tcp_congestion_control": self.tcp_congestion_control,
         });
         merge(&mut out, medians(&self.own));
         out["single_runs"] = singles(&self.own);
@@ -135,18 +166,18 @@ impl Outcome {
         }
         out["peer"] = Value::Null;
         let mut peers = serde_json::Map::new();
-        for (variant, records) in &self.peers {
-            let mut of = medians(records);
-            of["single_runs"] = singles(records);
-            peers.insert(variant.name().to_owned(), of);
+        for peer in &self.peers {
+            let mut of = peer.figures();
+            of["single_runs"] = singles(&peer.arrived);
+            peers.insert(peer.variant.name().to_owned(), of);
         }
-        if let Some((variant, records)) = self.better_peer() {
+        if let Some(best) = self.best_peer() {
             let mut peer = json!({
                 "name": "qemu",
                 "version": self.peer_version,
-                "variant": variant.name(),
+                "variant": best.variant.name(),
             });
-            let of = medians(records);
+            let of = best.figures();
             let own = out["freeze_ms"].as_f64();
             out["freeze_ratio"] = json!(of["freeze_ms"].as_f64().zip(own).map(|(a, b)| a / b));
             merge(&mut peer, of);
@@ -156,23 +187,29 @@ impl Outcome {
         out
     }
 
-    /// The one that froze the guest for a shorter time.
-    fn better_peer(&self) -> Option<&(Variant, Vec<Record>)> {
-        let freeze = |records: &[Record]| medians(records)["freeze_ms"].as_f64();
-        self.peers.iter().min_by(|(_, a), (_, b)| {
-            let (a, b) = (freeze(a), freeze(b));
-            a.unwrap_or(f64::MAX).total_cmp(&b.unwrap_or(f64::MAX))
+    /// The one that froze the guest for the shortest time; those that lost one are behind all others.
+    fn best_peer(&self) -> Option<&Peer> {
+        let freeze = |peer: &Peer| peer.figures()["freeze_ms"].as_f64().unwrap_or(f64::MAX);
+        self.peers.iter().min_by(|a, b| {
+            let lost = a.lost.len().cmp(&b.lost.len());
+            lost.then(freeze(a).total_cmp(&freeze(b)))
         })
     }
 
     /// Names and medians of all that were measured.
     fn columns(&self) -> Vec<(String, Value)> {
-        let own = ("lazyvm".to_owned(), medians(&self.own));
-        let peers = self
-            .peers
-            .iter()
-            .map(|(variant, records)| (format!("QEMU {}", variant.name()), medians(records)));
-        let profiled = ("with a profile".to_owned(), medians(&self.profiled));
+        let arrived = |name: &str, records: &[Record]| {
+            let mut figures = medians(records);
+            merge(&mut figures, json!({ "outcome": ARRIVED }));
+            (name.to_owned(), figures)
+        };
+        let own = arrived("lazyvm", &self.own);
+        let peers = self.peers.iter().map(|peer| {
+            let mut figures = peer.figures();
+            figures["outcome"] = json!(peer.in_words());
+            (peer.name(), figures)
+        });
+        let profiled = arrived("with a profile", &self.profiled);
         let profiled = self.setup.snapshot.then_some(profiled);
         [own].into_iter().chain(profiled).chain(peers).collect()
     }
@@ -203,29 +240,76 @@ impl Outcome {
             out.truncate(out.trim_end().len());
             out.push('\n');
         }
+        if !self.peers.is_empty() {
+            let name = &self.tcp_congestion_control;
+            out += &format!("QEMU's TCP has the machine's congestion control: {name}\n");
+        }
+        for peer in &self.peers {
+            for loss in &peer.lost {
+                out += &format!("{}: {}: {}\n", peer.name(), loss.outcome, loss.why);
+            }
+        }
         out
     }
 
     /// A page for a browser, which needs nothing else.
     pub fn page(&self) -> String {
+        let charts = chart::all(&self.series());
+        let tcp = &self.tcp_congestion_control;
+        page::page(&self.setup, tcp, &self.rows(), &charts, &self.json())
+    }
+
+    /// Its pictures over time alone, for a document.
+    pub fn svg(&self) -> String {
+        let text = page::description(&self.setup, &self.tcp_congestion_control);
+        timeline(&text, &self.series())
+    }
+
+    /// Of each mover the move that is shown.
+    fn series(&self) -> Vec<(String, &Record)> {
         let mut series = Vec::new();
         series.extend(typical(&self.own).map(|record| ("lazyvm".to_owned(), record)));
         series.extend(typical(&self.profiled).map(|record| ("with a profile".to_owned(), record)));
-        for (variant, records) in &self.peers {
-            let name = format!("QEMU {}", variant.name());
-            series.extend(typical(records).map(|record| (name, record)));
+        series.extend(
+            self.peers
+                .iter()
+                .filter_map(|peer| Some((peer.name(), typical(&peer.arrived)?))),
+        );
+        series
+    }
+}
+
+impl Peer {
+    fn name(&self) -> String {
+        format!("QEMU {}", self.variant.name())
+    }
+
+    /// How its moves ended, for a table.
+    fn in_words(&self) -> String {
+        let runs = self.lost.len() + self.arrived.len();
+        match (&self.lost[..], runs) {
+            ([], _) => ARRIVED.to_owned(),
+            ([loss, ..], 1) => loss.outcome.to_owned(),
+            ([loss, ..], _) => format!("{}, {} of {runs}", loss.outcome, self.lost.len()),
         }
-        let charts = chart::all(&series);
-        page::page(&self.setup, &self.rows(), &charts, &self.json())
+    }
+
+    /// Medians of the moves that went well, and what became of the others.
+    fn figures(&self) -> Value {
+        let outcome = self.lost.first().map_or(ARRIVED, |loss| loss.outcome);
+        let mut figures = json!({ "outcome": outcome, "lost": self.lost });
+        merge(&mut figures, medians(&self.arrived));
+        figures
     }
 }
 
 impl Row {
     fn text(&self, figures: &Value) -> String {
         let value = self.path.iter().fold(figures, |value, key| &value[*key]);
-        match value.as_f64() {
-            Some(number) => format!("{:.*}", self.decimals, number / self.unit),
-            None => "-".to_owned(),
+        match (value.as_f64(), value.as_str()) {
+            (Some(number), _) => format!("{:.*}", self.decimals, number / self.unit),
+            (None, Some(text)) => text.to_owned(),
+            (None, None) => "-".to_owned(),
         }
     }
 }

@@ -1,17 +1,19 @@
 //! What every move has in common: a fresh path, a guest at the source that works for a while, an order to move, and somebody
 //! who watches until it lives again.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use lazyvm_wire::PAGE_SIZE;
 use nix::sys::statvfs::statvfs;
 use serde_json::Value;
 
 use super::console::Console;
 use super::emulator::Emulator;
 use super::figures::{self, BASELINE, Figures, Life, STEADY, Sign};
-use super::guest::{self, Guest, Images};
+use super::guest::{self, Guest, Images, Touches};
 use super::process::{Process, pause, wait_for};
 use super::traffic::{BIN_MS, Traffic};
 use super::{Setup, WanError};
@@ -27,6 +29,12 @@ pub const SETTLE: Duration = Duration::from_millis(1500);
 
 /// How long a guest that has not recovered is watched once all its memory is there.
 const RECOVERY_WITHIN: Duration = Duration::from_secs(10);
+
+/// What counts of a guest's writes: those of this long before the order.
+const DIRTIED_WITHIN: Duration = Duration::from_secs(1);
+
+/// Bytes of a block in [`MetadataExt::blocks`].
+const BLOCK_BYTES: u64 = 512;
 
 /// What is watched of a guest that has recovered.
 const WATCHED_ON: Duration = Duration::from_secs(1);
@@ -94,6 +102,9 @@ pub struct Record {
 pub struct Order {
     at: Instant,
     before: Traffic,
+    /// Memory that the guest has written to, and what of it in a second; `None` for a clone.
+    data_bytes: Option<u64>,
+    dirty_bit_s: Option<f64>,
     /// A clone is resumed: the guest has gone on, and other clones may have been there.
     of_clone: bool,
 }
@@ -205,6 +216,8 @@ impl<'a> Trial<'a> {
     }
 
     fn order_now(&self, of_clone: bool) -> Order {
+        let data_bytes = (!of_clone).then(|| self.data_bytes());
+        let dirty_bit_s = (!of_clone).then(|| self.dirty_bit_s()).flatten();
         let at = Instant::now();
         if let Some((after, time)) = self.setup.blackout {
             self.emulator.black_out(at + after, time);
@@ -212,7 +225,41 @@ impl<'a> Trial<'a> {
         Order {
             at,
             before: self.emulator.traffic(),
+            data_bytes,
+            dirty_bit_s,
             of_clone,
+        }
+    }
+
+    /// What the guest has written to by now. The payload has little but what it fills.
+    fn data_bytes(&self) -> u64 {
+        let ram = std::fs::metadata(self.ram.path().join(End::Source.name()));
+        ram.map_or(self.setup.workload.fill_bytes, |file| {
+            file.blocks() * BLOCK_BYTES
+        })
+    }
+
+    fn dirty_bit_s(&self) -> Option<f64> {
+        let now = Instant::now();
+        let ticks = self.console.ticks();
+        let since = ticks.iter().find(|tick| tick.at + DIRTIED_WITHIN >= now)?;
+        let last = ticks.last()?;
+        let seconds = last.at.duration_since(since.at).as_secs_f64();
+        let (guest, workload) = (self.setup.guest, &self.setup.workload);
+        let pages = guest::written_pages(guest, workload, since.touches, last.touches);
+        (seconds > 0.0).then(|| pages * PAGE_SIZE as f64 * 8.0 / seconds)
+    }
+
+    /// What the guest's kernel complains of, or what the guest said last besides its ticks.
+    pub fn console_lines(&self) -> String {
+        let all = self.console.others();
+        let complaints: Vec<&str> = all
+            .lines()
+            .filter(|line| line.contains("BUG:") || line.contains("Kernel panic"))
+            .collect();
+        match &complaints[..] {
+            [] => format!("its console: {}", all.lines().last().unwrap_or_default()),
+            _ => format!("its console: {}", complaints.join(", ")),
         }
     }
 
@@ -249,7 +296,7 @@ impl<'a> Trial<'a> {
         let life = Life::of(&signs, end_us).ok_or(WanError::TooLate {
             what: "a tick at the destination",
             seconds: RECOVERY_WITHIN.as_secs(),
-            log: self.console.others(),
+            log: self.console_lines(),
         })?;
         let zero_us = order.us(self.emulator.started_at);
         let bins = (0..).zip(self.emulator.traffic().bins);
@@ -282,6 +329,11 @@ impl<'a> Trial<'a> {
         let after_pause_us = complete_us - life.left_at_us;
         let path = until_complete.totals.since(order.before.totals);
         let carried = self.setup.path.rate_bit_s as f64 / 8.0 * after_pause_us as f64 / 1e6;
+        let rate = self.setup.path.rate_bit_s;
+        let by_rate = |bits: f64| (rate > 0).then(|| bits / rate as f64);
+        let copy_s = order
+            .data_bytes
+            .and_then(|bytes| by_rate(bytes as f64 * 8.0));
         let after_pause: u64 = bytes
             .iter()
             .filter(|(at_us, _)| (life.left_at_us..complete_us).contains(at_us))
@@ -297,6 +349,10 @@ impl<'a> Trial<'a> {
             after_pause_ms: ms(after_pause_us),
             downtime_us: told.downtime_us,
             bytes_wire: path.bytes_from_source,
+            data_bytes: order.data_bytes,
+            copies: copy_s.map(|copy_s| complete_us as f64 / 1e6 / copy_s),
+            dirty_bit_s: order.dirty_bit_s,
+            dirty_share: order.dirty_bit_s.and_then(by_rate),
             faults: told.faults,
             touched_pages,
             fault_share: touched_pages.map(|pages| told.faults as f64 / pages.max(1) as f64),
@@ -316,7 +372,12 @@ impl<'a> Trial<'a> {
         let from = ticks.iter().rfind(|tick| !tick.moved)?.touches;
         let to = ticks.iter().rfind(|tick| tick.at <= until)?.touches;
         match self.setup.guest {
-            Guest::Qemu => Some(guest::distinct_pages(&self.setup.workload, from, to)),
+            Guest::Qemu => Some(guest::distinct_pages(
+                &self.setup.workload,
+                Touches::All,
+                from,
+                to,
+            )),
             Guest::Payload => None,
         }
     }

@@ -8,9 +8,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use lazyvm_wire::{Backing, PageRange};
-use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::early::{Early, Taken};
+use crate::hole::punch_hole;
 use crate::sys;
 
 /// See the module. Shared by whoever brings pages and, once there is memory, its
@@ -60,10 +60,6 @@ impl Shelf {
 
     /// Frees the room of pages that are in place.
     pub(crate) fn clear(&self, run: PageRange) -> io::Result<()> {
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let too_large = |_| io::Error::from(io::ErrorKind::InvalidInput);
-        let offset = i64::try_from(run.first.byte_offset()).map_err(too_large)?;
-        let bytes = i64::try_from(run.bytes()).map_err(too_large)?;
-        Ok(fallocate(&self.file, flags, offset, bytes)?)
+        punch_hole(&self.file, run.first.byte_offset(), run.bytes())
     }
 }

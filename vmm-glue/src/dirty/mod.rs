@@ -24,7 +24,7 @@ use lazyvm_wire::{PAGE_SHIFT, PAGE_SIZE};
 use nix::errno::Errno;
 
 use crate::attach::{AttachError, Process};
-use crate::pagemap::{scan_entries, scan_written};
+use crate::pagemap::{Pages, scan};
 
 /// Memory that is scanned by a thread of its own, at least, and most threads.
 const PART_BYTES: u64 = 512 << 20;
@@ -237,11 +237,11 @@ fn scan_in_parts(pagemap: &File, start: u64, end: u64) -> Result<Vec<Scanned>, E
 /// found there.
 fn scan_part(pagemap: &File, start: u64, end: u64) -> Result<Scanned, Errno> {
     let mut found = Scanned::default();
-    scan_written(pagemap, start, end, &mut |from, to| {
+    scan(pagemap, Pages::Written, start, end, &mut |from, to| {
         found.written.push((from, to));
     })?;
     let mut covered = start;
-    scan_entries(pagemap, start, end, &mut |from, to| {
+    scan(pagemap, Pages::WithEntry, start, end, &mut |from, to| {
         if from > covered {
             found.gaps.push((covered, from));
         }

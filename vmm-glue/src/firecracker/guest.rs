@@ -20,7 +20,7 @@ use nix::errno::Errno;
 
 use super::marks;
 use crate::attach::{Mapping, Mappings, MapsError};
-use crate::pagemap::scan_present;
+use crate::pagemap::{Pages, scan};
 
 /// Where the second region begins in guest-physical memory is 4 GiB; where the first one ends by then: up to 1.12, and
 /// since (`MEM_32BIT_GAP_SIZE`, `MMIO32_MEM_SIZE` in `src/vmm/src/arch/x86_64/`).
@@ -219,7 +219,7 @@ impl ProcessMemory {
         let pagemap = &self.guest.pagemap;
         let end = region.host + region.bytes;
         if self.no_scan.get().is_none() {
-            match scan_present(pagemap, region.host, end, each) {
+            match scan(pagemap, Pages::Data, region.host, end, each) {
                 // Before Linux 6.7. Nothing has been told yet.
                 Err(Errno::ENOTTY | Errno::EINVAL) => drop(self.no_scan.set(())),
                 result => return Ok(result?),
@@ -500,7 +500,7 @@ mod tests {
         .unwrap();
         assert_eq!(read, [(3, 5), (9, 10), (63, 64)]);
         let mut scanned = Vec::new();
-        scan_present(&pagemap, host, end, &mut |start, end| {
+        scan(&pagemap, Pages::Data, host, end, &mut |start, end| {
             scanned.push(((start - host) >> PAGE_SHIFT, (end - host) >> PAGE_SHIFT));
         })
         .unwrap();

@@ -2,4 +2,4 @@
 
 mod sys;
 
-pub(crate) use sys::{scan_entries, scan_mapped, scan_present, scan_written};
+pub(crate) use sys::{Pages, scan};

@@ -53,83 +53,65 @@ const PAGE_IS_WRITTEN: u64 = 1 << 1;
 /// `PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC`.
 const PROTECT_AGAIN: u64 = 1 | 1 << 1;
 
-/// Calls `each` with every run of pages that are there and not the kernel's page of zeros, from `start` to `end` in the
-/// process whose `/proc/PID/pagemap` this is (`Documentation/admin-guide/mm/pagemap.rst`, from Linux 6.7 on).
-pub(crate) fn scan_present(
-    pagemap: &File,
-    start: u64,
-    end: u64,
-    each: &mut dyn FnMut(u64, u64),
-) -> Result<(), Errno> {
-    let query = ScanArguments {
-        category_inverted: PAGE_IS_ZERO,
-        category_mask: PAGE_IS_ZERO,
-        category_anyof_mask: PAGE_IS_THERE,
-        return_mask: PAGE_IS_THERE,
-        ..ScanArguments::default()
-    };
-    scan(pagemap, start, end, &query, each)
+/// Pages of a process that are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pages {
+    /// There, and not the kernel's page of zeros.
+    Data,
+    /// Mapped: neither a mark of write protection counts nor what is swapped out. That of shared memory is not seen.
+    Mapped,
+    /// Written since they were write-protected; they are protected again, in one step for each page. `EPERM` where the
+    /// memory is not registered with a userfaultfd that lets writes through by itself. Pages without an entry are left
+    /// out, since the kernel would make a page table full of marks for each hole: [`Pages::WithEntry`] tells which have
+    /// one.
+    Written,
+    /// With an entry in the page tables, a mark of write protection included.
+    WithEntry,
 }
 
-/// Calls `each` with every run of pages that are mapped, from `start` to `end`: neither a mark of write protection counts
-/// nor what is swapped out. That of shared memory is not seen.
-pub(crate) fn scan_mapped(
-    pagemap: &File,
-    start: u64,
-    end: u64,
-    each: &mut dyn FnMut(u64, u64),
-) -> Result<(), Errno> {
-    let query = ScanArguments {
-        category_inverted: PAGE_IS_ZERO,
-        category_mask: PAGE_IS_ZERO | PAGE_IS_PRESENT,
-        return_mask: PAGE_IS_PRESENT,
-        ..ScanArguments::default()
-    };
-    scan(pagemap, start, end, &query, each)
+impl Pages {
+    fn query(self) -> ScanArguments {
+        let any = ScanArguments::default();
+        match self {
+            Self::Data => ScanArguments {
+                category_inverted: PAGE_IS_ZERO,
+                category_mask: PAGE_IS_ZERO,
+                category_anyof_mask: PAGE_IS_THERE,
+                return_mask: PAGE_IS_THERE,
+                ..any
+            },
+            Self::Mapped => ScanArguments {
+                category_inverted: PAGE_IS_ZERO,
+                category_mask: PAGE_IS_ZERO | PAGE_IS_PRESENT,
+                return_mask: PAGE_IS_PRESENT,
+                ..any
+            },
+            Self::Written => ScanArguments {
+                flags: PROTECT_AGAIN,
+                category_mask: PAGE_IS_WRITTEN,
+                category_anyof_mask: PAGE_IS_THERE,
+                return_mask: PAGE_IS_WRITTEN,
+                ..any
+            },
+            Self::WithEntry => ScanArguments {
+                category_anyof_mask: PAGE_IS_THERE,
+                return_mask: PAGE_IS_THERE,
+                ..any
+            },
+        }
+    }
 }
 
-/// Calls `each` with every run of pages that were written since they were write-protected, and protects them again, in one
-/// step for each page. `EPERM` where the memory is not registered with a userfaultfd that lets writes through by itself.
-/// Pages without an entry are left out, since the kernel would make a page table full of marks for each hole:
-/// [`scan_entries`] tells which have one.
-pub(crate) fn scan_written(
+/// Calls `each` with every run of such pages, from `start` to `end` in the process whose `/proc/PID/pagemap` this is
+/// (`Documentation/admin-guide/mm/pagemap.rst`, from Linux 6.7 on).
+pub(crate) fn scan(
     pagemap: &File,
+    pages: Pages,
     start: u64,
     end: u64,
     each: &mut dyn FnMut(u64, u64),
 ) -> Result<(), Errno> {
-    let query = ScanArguments {
-        flags: PROTECT_AGAIN,
-        category_mask: PAGE_IS_WRITTEN,
-        category_anyof_mask: PAGE_IS_THERE,
-        return_mask: PAGE_IS_WRITTEN,
-        ..ScanArguments::default()
-    };
-    scan(pagemap, start, end, &query, each)
-}
-
-/// Calls `each` with every run of pages that have an entry in the page tables, a mark of write protection included.
-pub(crate) fn scan_entries(
-    pagemap: &File,
-    start: u64,
-    end: u64,
-    each: &mut dyn FnMut(u64, u64),
-) -> Result<(), Errno> {
-    let query = ScanArguments {
-        category_anyof_mask: PAGE_IS_THERE,
-        return_mask: PAGE_IS_THERE,
-        ..ScanArguments::default()
-    };
-    scan(pagemap, start, end, &query, each)
-}
-
-fn scan(
-    pagemap: &File,
-    start: u64,
-    end: u64,
-    query: &ScanArguments,
-    each: &mut dyn FnMut(u64, u64),
-) -> Result<(), Errno> {
+    let query = pages.query();
     let mut regions = [PageRegion::default(); 512];
     let mut at = start;
     while at < end {
@@ -139,7 +121,7 @@ fn scan(
             end,
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
-            ..*query
+            ..query
         };
         // SAFETY: `arguments` is a whole struct of this type whose `size` says so, and the kernel writes at most
         // `vec_len` regions to `vec`, which is an array of so many that lives on until the call is over.

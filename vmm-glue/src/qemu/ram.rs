@@ -5,10 +5,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use lazyvm_pager::punch_hole;
 use lazyvm_server::port::SourceMemory;
 use lazyvm_wire::{Backing, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 
 use super::memory::{MemoryError, RamRegion};
@@ -174,9 +174,7 @@ pub(super) fn empty(region: &RamRegion) -> Result<(), MemoryError> {
         name: region.name.clone(),
         source,
     };
-    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    let (offset, bytes) = (region.offset as i64, region.bytes as i64);
-    fallocate(region.file.as_ref(), flags, offset, bytes).map_err(|errno| failed(errno.into()))?;
+    punch_hole(&region.file, region.offset, region.bytes).map_err(failed)?;
     let end = region.offset + region.bytes;
     // hugetlbfs does not tell its holes, but makes them.
     if region.backing == Backing::Small {

@@ -18,7 +18,7 @@ use super::ram::SharedRam;
 use super::registers;
 use super::source::Inner;
 use crate::attach::Process;
-use crate::pagemap::scan_mapped;
+use crate::pagemap::{Pages, scan};
 use crate::x86::{GuestMemory, Looks, Vcpu};
 
 /// Mapped memory that is dropped while one of QEMU's threads is stopped once: it takes half a millisecond, and others of its
@@ -77,8 +77,9 @@ fn touched(
         let Some(first) = layout.page_of(Gpa(region.gpa)) else {
             continue;
         };
-        scan_mapped(
+        scan(
             pagemap,
+            Pages::Mapped,
             region.host,
             region.host + region.bytes,
             &mut |start, end| {
@@ -128,9 +129,15 @@ impl Scout for QemuScout {
         for region in watched(&self.regions) {
             let mut mapped = Vec::new();
             let end = region.host + region.bytes;
-            scan_mapped(&pagemap, region.host, end, &mut |from, to| {
-                mapped.push((from, to));
-            })?;
+            scan(
+                &pagemap,
+                Pages::Mapped,
+                region.host,
+                end,
+                &mut |from, to| {
+                    mapped.push((from, to));
+                },
+            )?;
             for piece in pieces(mapped) {
                 stopped.push(self.process.unmap_shared(&[piece])?);
             }

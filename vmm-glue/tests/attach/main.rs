@@ -245,11 +245,16 @@ fn a_pending_signal_still_breaks_a_pause() {
             kill(Pid::from_raw(pid), Signal::SIGUSR2).unwrap();
         });
         match process.userfaultfd(&memory, false) {
-            // It was quicker.
-            Ok(_)
-            | Err(AttachError::Inject { .. } | AttachError::Look { .. } | AttachError::Maps(_)) => {
-            }
-            Err(AttachError::NoInstruction(_) | AttachError::Fetch { .. }) => {}
+            Ok(_) => {}
+            // The signal was quicker: the process ended before one step or another of this.
+            Err(
+                AttachError::Gone { .. }
+                | AttachError::Inject { .. }
+                | AttachError::Look { .. }
+                | AttachError::Maps(_)
+                | AttachError::NoInstruction(_)
+                | AttachError::Fetch { .. },
+            ) => {}
             Err(error) => panic!("{error:?}"),
         }
         signaller.join().unwrap();

@@ -8,10 +8,11 @@ mod touches;
 use std::path::Path;
 use std::process::Command;
 
+use lazyvm_wire::PAGE_SIZE;
 use serde::Serialize;
 
 pub use linux::Images;
-pub use touches::distinct_pages;
+pub use touches::{Touches, distinct_pages};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -71,6 +72,18 @@ impl Workload {
         }
         (cold_per_million > 1_000_000)
             .then(|| "of a million touches no more than a million are cold".to_owned())
+    }
+}
+
+/// Pages that a guest wrote to from one count of touches to another, each counted once. Where its draws are not known, that
+/// many are expected: each of the payload's touches writes to a page of its hot part that is as likely as any other.
+pub fn written_pages(guest: Guest, workload: &Workload, from: u64, to: u64) -> f64 {
+    match guest {
+        Guest::Qemu => distinct_pages(workload, Touches::Writes, from, to) as f64,
+        Guest::Payload => {
+            let hot = (workload.hot_bytes / PAGE_SIZE as u64) as f64;
+            hot * (1.0 - (-(to.saturating_sub(from) as f64) / hot).exp())
+        }
     }
 }
 

@@ -10,8 +10,17 @@ const SEED: u64 = 88_172_645_463_325_252;
 
 const PAGES_PER_MIB: u64 = 256;
 
+/// Which touches count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Touches {
+    /// All of them.
+    All,
+    /// Those that write.
+    Writes,
+}
+
 /// How many pages of its filled memory it touched from one count of touches to another, each counted once.
-pub fn distinct_pages(workload: &Workload, from: u64, to: u64) -> u64 {
+pub fn distinct_pages(workload: &Workload, touches: Touches, from: u64, to: u64) -> u64 {
     let pages = workload.fill_bytes / MIB * PAGES_PER_MIB;
     let hot = workload.hot_bytes / MIB * PAGES_PER_MIB;
     if pages == 0 || hot == 0 || hot > pages {
@@ -25,7 +34,11 @@ pub fn distinct_pages(workload: &Workload, from: u64, to: u64) -> u64 {
         random ^= random >> 7;
         random ^= random << 17;
         if touch >= from {
-            let is_cold = mixed(random) % 1_000_000 < u64::from(workload.cold_per_million);
+            let draw = mixed(random);
+            if touches == Touches::Writes && !(draw >> 20).is_multiple_of(5) {
+                continue;
+            }
+            let is_cold = draw % 1_000_000 < u64::from(workload.cold_per_million);
             let page = if is_cold {
                 random % pages
             } else {
@@ -52,19 +65,23 @@ mod tests {
     use super::*;
 
     /// The guest's own lines, in a program that counts.
-    fn counted_by_the_guest(workload: &Workload, from: u64, to: u64) -> u64 {
+    fn counted_by_the_guest(workload: &Workload, touches: Touches, from: u64, to: u64) -> u64 {
         let source = include_str!("init.c");
         let cut = |from: &str, to: &str| {
             let start = source.find(from).unwrap();
             let end = start + source[start..].find(to).unwrap();
             source[start..end].to_owned()
         };
+        let counts = match touches {
+            Touches::All => "1",
+            Touches::Writes => "writes",
+        };
         let program = format!(
             "#include <stdio.h>\n#include <stdlib.h>\ntypedef unsigned long u64;\n{}\nint main(void) {{\n\
              u64 count = {}, hot = {}, cold_per_million = {}, distinct = 0; char *seen = calloc(count, 1);\n\
              u64 first_hot = (count - hot) / 2;\n{}\n\
-             for (u64 i = 0; i < {to}UL; i++) {{\n{}\n\
-             if (i >= {from}UL && !seen[page]) {{ seen[page] = 1; distinct++; }} }}\n\
+             for (u64 i = 0; i < {to}UL; i++) {{\n{}\nint writes = {};\n\
+             if ({counts} && i >= {from}UL && !seen[page]) {{ seen[page] = 1; distinct++; }} }}\n\
              (void)touches; (void)errors; printf(\"%lu\", distinct); }}\n",
             cut("static u64 mixed", "#define WORDS"),
             workload.fill_bytes / MIB * PAGES_PER_MIB,
@@ -72,6 +89,7 @@ mod tests {
             workload.cold_per_million,
             cut("u64 random = ", "long next"),
             cut("random ^= random << 13", "errors += is_wrong"),
+            cut("(draw >> 20)", ") {\n                versions"),
         );
         let folder = tempfile::tempdir().unwrap();
         let (file, binary) = (folder.path().join("count.c"), folder.path().join("count"));
@@ -93,10 +111,12 @@ mod tests {
             hot_bytes: 4 * MIB,
             cold_per_million: 20_000,
         };
-        for (from, to) in [(0, 1), (0, 3000), (5000, 20_000)] {
-            let expected = counted_by_the_guest(&workload, from, to);
-            assert_eq!(distinct_pages(&workload, from, to), expected);
+        for touches in [Touches::All, Touches::Writes] {
+            for (from, to) in [(0, 1), (0, 3000), (5000, 20_000)] {
+                let expected = counted_by_the_guest(&workload, touches, from, to);
+                assert_eq!(distinct_pages(&workload, touches, from, to), expected);
+            }
+            assert_eq!(distinct_pages(&workload, touches, 7, 7), 0);
         }
-        assert_eq!(distinct_pages(&workload, 7, 7), 0);
     }
 }

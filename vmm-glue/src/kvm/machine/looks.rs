@@ -11,7 +11,7 @@ use super::super::glance::registers_of;
 use super::super::lock;
 use super::super::sys;
 use super::{OperationError, Shared};
-use crate::pagemap::scan_mapped;
+use crate::pagemap::{Pages, scan};
 use crate::x86;
 
 /// How long a vCPU may take to tell its registers.
@@ -70,7 +70,7 @@ impl Shared {
         for (region, host) in layout.regions().iter().zip(ram.host_addresses()) {
             let end = host + region.pages * PAGE_SIZE as u64;
             if region.backing == Backing::Small {
-                scan_mapped(&pagemap, host, end, &mut |start, end| {
+                scan(&pagemap, Pages::Mapped, host, end, &mut |start, end| {
                     for page in (start - host) >> PAGE_SHIFT..(end - host) >> PAGE_SHIFT {
                         let page = first + page;
                         image[(page / 8) as usize] |= 1 << (page % 8);
