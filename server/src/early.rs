@@ -48,6 +48,8 @@ pub(crate) struct Early {
     queued: BitVec<u64, Lsb0>,
     /// Pages that are to go.
     waiting: u64,
+    /// A bit for each page that was ever to go.
+    known: BitVec<u64, Lsb0>,
     /// In which round each page went; 0 for one that did not, or was written since. Empty until something is queued.
     rounds: Vec<u8>,
     /// How often each page was found written after it had gone.
@@ -70,6 +72,7 @@ impl Early {
             queue: VecDeque::new(),
             queued: BitVec::repeat(false, layout.pages() as usize),
             waiting: 0,
+            known: BitVec::repeat(false, layout.pages() as usize),
             rounds: Vec::new(),
             heat: Vec::new(),
             round: 1,
@@ -102,6 +105,7 @@ impl Early {
                     .is_some_and(|region| region.backing == Backing::Small);
                 let new = self.rounds.get(page.as_usize()) == Some(&0);
                 if small && new && !self.is_full() && !self.queued.replace(page.as_usize(), true) {
+                    self.known.set(page.as_usize(), true);
                     self.push(page);
                 }
             }
@@ -195,9 +199,11 @@ impl Early {
 
     /// These pages were written. Those that had gone, and do not hold any more, are passed on; and so are those that wait to
     /// go, which they do not then: who is written once is likely to be written again, and would go twice.
-    pub fn written(&mut self, range: PageRange, mut stale: impl FnMut(PageIndex)) {
+    ///
+    /// Gives how many of them were ever to go: a tracker may tell pages that hold nothing too.
+    pub fn written(&mut self, range: PageRange, mut stale: impl FnMut(PageIndex)) -> u64 {
         if self.rounds.is_empty() {
-            return;
+            return 0;
         }
         let end = range.end().0.min(self.pages) as usize;
         let mut at = range.first.as_usize();
@@ -216,6 +222,7 @@ impl Early {
             stale(PageIndex(sent as u64));
             at = sent + 1;
         }
+        self.known[range.first.as_usize().min(end)..end].count_ones() as u64
     }
 
     /// What goes from now on is newer than all that went so far; `false` when there can be no more rounds.

@@ -22,6 +22,7 @@ use crate::handover::{Action, EndReason, Event, Handover, Phase};
 use crate::port::{DirtyTracker, Profile, Scout};
 use crate::scheduler::{Batch, PushScheduler};
 
+pub(crate) use self::ahead::Writes;
 pub use self::config::{SessionConfig, SessionStatus, WARM_UP};
 pub(crate) use self::pause::Paused;
 

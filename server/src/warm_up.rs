@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::port::{Hints, MachineError, Scout};
 use crate::rounds::{Judge, Mode, Round, Verdict};
-use crate::session::{Session, lock};
+use crate::session::{Session, Writes, lock};
 
 /// How long the pause waits for what was sent before it in post-copy, beyond the time of the warm-up.
 const ARRIVAL_MAX: Duration = Duration::from_secs(5);
@@ -128,14 +128,17 @@ async fn rounds(session: &Arc<Session>, whole: bool, start: Instant) -> Result<(
     let mut judge = Judge::new(session.config.mode, limit, session.config.downtime_limit);
     let mut glance_after = if whole { GLANCE_FIRST } else { Duration::MAX };
     let mut written = Vec::new();
+    let mut looked = Instant::now();
     loop {
         let next = Instant::now() + ROUND_MIN;
         let left = limit.map_or(Duration::MAX, |limit| limit.saturating_sub(start.elapsed()));
         let sent = timeout(left.min(glance_after), session.early_sent()).await;
-        match stale(session).await? {
-            Some(stale) => written.extend(stale),
-            None => return Ok(()),
-        }
+        let Some(writes) = writes(session).await? else {
+            return Ok(());
+        };
+        let since = std::mem::replace(&mut looked, Instant::now()).elapsed();
+        judge.saw(writes.pages, since);
+        written.extend(writes.stale);
         let more = lock(&session.early).next_round();
         if sent.is_err() && more && left > glance_after {
             glance_after *= 2;
@@ -143,7 +146,12 @@ async fn rounds(session: &Arc<Session>, whole: bool, start: Instant) -> Result<(
         }
         let mut stale = std::mem::take(&mut written);
         stale.sort_unstable();
-        let round = round(session, &stale, start, more && sent.is_ok());
+        let round = Round {
+            elapsed: start.elapsed(),
+            residual_pages: stale.len() as u64,
+            bytes_per_s: path_bytes_s(session),
+            more: more && sent.is_ok(),
+        };
         let verdict = judge.after(round);
         tracing::debug!(session = %session.id, ?round, ?verdict, "a round of pre-copy");
         match verdict {
@@ -160,10 +168,10 @@ async fn rounds(session: &Arc<Session>, whole: bool, start: Instant) -> Result<(
     }
 }
 
-/// Pages that were written after they had gone, or while they were to go. `None` where that is not known any more, and nothing that went counts.
-async fn stale(session: &Arc<Session>) -> Result<Option<Vec<PageIndex>>, String> {
+/// What was written since the last time. `None` where that is not known any more, and nothing that went counts.
+async fn writes(session: &Arc<Session>) -> Result<Option<Writes>, String> {
     match blocking(session, |session| session.collect_writes()).await {
-        Some(Ok(stale)) => Ok(Some(stale)),
+        Some(Ok(writes)) => Ok(Some(writes)),
         Some(Err(error)) if session.config.mode == Mode::Precopy => Err(error),
         failed => {
             let error = failed.and_then(Result::err);
@@ -178,16 +186,10 @@ async fn track(session: &Arc<Session>) -> bool {
     blocking(session, |session| session.track()).await == Some(true)
 }
 
-fn round(session: &Session, stale: &[PageIndex], start: Instant, more: bool) -> Round {
-    let bytes_per_s = match session.path_bytes_s.load(Ordering::Relaxed) {
+fn path_bytes_s(session: &Session) -> f64 {
+    match session.path_bytes_s.load(Ordering::Relaxed) {
         0 => UNKNOWN_PATH,
         known => known as f64,
-    };
-    Round {
-        elapsed: start.elapsed(),
-        residual_pages: stale.len() as u64,
-        bytes_per_s,
-        more,
     }
 }
 

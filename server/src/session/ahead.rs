@@ -8,6 +8,15 @@ use lazyvm_wire::{PageIndex, PageRange};
 use super::{Session, lock};
 use crate::handover::Phase;
 
+/// What was written since the last time.
+#[derive(Debug, Default)]
+pub(crate) struct Writes {
+    /// Pages that had gone or were to go.
+    pub stale: Vec<PageIndex>,
+    /// How many pages that hold data.
+    pub pages: u64,
+}
+
 impl Session {
     /// Begins to note the machine's writes; `false` where that can't be. Blocks.
     pub fn track(&self) -> bool {
@@ -29,29 +38,29 @@ impl Session {
         *lock(&self.tracker) = None;
     }
 
-    /// Hears which pages were written; gives those that had gone or were to go. Nothing that went counts where that fails.
-    /// Blocks.
-    pub fn collect_writes(&self) -> Result<Vec<PageIndex>, String> {
+    /// Hears which pages were written. Nothing that went counts where that fails. Blocks.
+    pub fn collect_writes(&self) -> Result<Writes, String> {
         let mut tracker = lock(&self.tracker);
+        let mut writes = Writes::default();
         let Some(active) = tracker.as_mut() else {
-            return Ok(Vec::new());
+            return Ok(writes);
         };
-        let mut stale = Vec::new();
         let collected = active.collect(&mut |range| {
-            lock(&self.early).written(range, |page| stale.push(page));
+            let stale = |page| writes.stale.push(page);
+            writes.pages += lock(&self.early).written(range, stale);
         });
         if let Err(error) = collected {
             lock(&self.early).give_up();
             *tracker = None;
             return Err(describe(error.as_ref()));
         }
-        Ok(stale)
+        Ok(writes)
     }
 
     /// What was written up to the pause. Blocks.
     pub(super) fn last_writes(&self) {
         match self.collect_writes() {
-            Ok(stale) => lock(&self.residual).extend(stale),
+            Ok(writes) => lock(&self.residual).extend(writes.stale),
             Err(error) => {
                 tracing::warn!(session = %self.id, %error, "the VM's last writes are not known: all pages go again");
             }
