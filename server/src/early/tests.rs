@@ -50,6 +50,7 @@ fn unit(page: PageIndex) -> PageRange {
 }
 
 /// A word a page, 0 for a page of zeros; page 13 can't be read.
+#[derive(Clone)]
 struct Memory(Vec<u32>);
 
 impl Memory {
@@ -192,7 +193,8 @@ proptest! {
         let mut early = Early::new(&layout(), 7);
         early.writes_are_tracked();
         early.queue([layout().range()]);
-        let mut taken: Option<Outgoing> = None;
+        // And the memory as it was read.
+        let mut taken: Option<(Outgoing, Option<Memory>)> = None;
         for (step, range) in steps {
             match step {
                 0..=2 => for page in range.pages().take(40) {
@@ -200,9 +202,12 @@ proptest! {
                     next_word += 1;
                     unreported.insert(if by_unit { unit(page).first } else { page });
                 },
-                3 if taken.is_none() => taken = early.next(),
-                4 | 5 => if let Some(outgoing) = taken.take() {
-                    let _ = there.take(&mut early, &memory, outgoing);
+                3 if taken.is_none() => taken = early.next().map(|outgoing| (outgoing, None)),
+                4 => if let Some((_, read)) = &mut taken {
+                    read.get_or_insert(memory.clone());
+                },
+                5 => if let Some((outgoing, read)) = taken.take() {
+                    let _ = there.take(&mut early, &read.unwrap_or(memory.clone()), outgoing);
                 },
                 6 if taken.is_none() => drop(there.take_all(&mut early, &memory)),
                 7 => {
