@@ -7,7 +7,11 @@
 //! table, and every look goes through all of them; so pages that hold nothing get none, and count as written all the time.
 //!
 //! Writes that do not go by page tables are not seen: those of a device into pages that were pinned before. Neither is a
-//! hole that is punched into the file where pages are clean: Linux keeps their marks, and they read as zeros from then on.
+//! hole that is punched into the file where pages are clean: Linux keeps their marks, and they read as zeros from then on. It
+//! keeps the marks of clean huge pages from the pool when they are dropped, too, private ones included, and of those nothing
+//! tells the holes. So [`WriteWatch::reporting_absent`] has all that is not mapped count as written.
+//!
+//! What is noted is noted of whole huge pages, where the memory is made of them.
 
 mod sys;
 pub(crate) mod unseen;
@@ -22,7 +26,7 @@ use lazyvm_wire::{PAGE_SHIFT, PAGE_SIZE};
 use nix::errno::Errno;
 
 use crate::attach::{AttachError, Process};
-use crate::pagemap::{scan_entries, scan_written};
+use crate::pagemap::{scan_entries, scan_mapped, scan_written};
 
 /// Why writes can't be noted.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +95,8 @@ struct Watched {
     end: u64,
     /// A bit for each page that was marked at any time.
     marked: BitVec<u64, Lsb0>,
+    /// Whatever is not mapped is reported, each time.
+    reports_absent: bool,
 }
 
 impl Watched {
@@ -153,6 +159,7 @@ impl WriteWatch {
                 start,
                 end: start + bytes,
                 marked: BitVec::repeat(false, (bytes >> PAGE_SHIFT) as usize),
+                reports_absent: false,
             });
         }
         for range in &mut watch.ranges {
@@ -166,8 +173,20 @@ impl WriteWatch {
         Ok(watch)
     }
 
-    /// Calls `dirty` with first byte and end of each run that was written or lost its entries since it was last reported;
-    /// from then on it is clean.
+    /// Reports whatever is not mapped, each time, in the ranges of memory that have a byte in these ones (host address, bytes).
+    /// For huge pages that their owner may give back.
+    #[must_use]
+    pub fn reporting_absent(mut self, ranges: &[(u64, u64)]) -> Self {
+        for watched in &mut self.ranges {
+            watched.reports_absent |= ranges
+                .iter()
+                .any(|&(start, bytes)| start < watched.end && start + bytes > watched.start);
+        }
+        self
+    }
+
+    /// Calls `dirty` with first byte and end of each run that was written or lost its entries since it was last reported, some
+    /// more than once; from then on it is clean.
     ///
     /// # Errors
     /// [`DirtyError`]. Any page may then have been written.
@@ -181,25 +200,44 @@ impl WriteWatch {
                 dirty(from, to);
             })
             .map_err(scan)?;
-            let mut gaps = Vec::new();
-            let mut covered = start;
-            scan_entries(&self.pagemap, start, end, &mut |from, to| {
-                if from > covered {
-                    gaps.push((covered, from));
-                }
-                covered = covered.max(to);
-            })
-            .map_err(scan)?;
-            if covered < end {
-                gaps.push((covered, end));
-            }
-            for (from, to) in gaps {
+            let unmarked = gaps(start, end, |each| {
+                scan_entries(&self.pagemap, start, end, each)
+            });
+            for (from, to) in unmarked.map_err(scan)? {
                 range.mark_again(self.uffd.as_fd(), from, to)?;
                 dirty(from, to);
+            }
+            if range.reports_absent {
+                let absent = gaps(start, end, |each| {
+                    scan_mapped(&self.pagemap, start, end, each)
+                });
+                for (from, to) in absent.map_err(scan)? {
+                    dirty(from, to);
+                }
             }
         }
         Ok(())
     }
+}
+
+/// What is between the runs that `scan` tells, ascending.
+fn gaps(
+    start: u64,
+    end: u64,
+    scan: impl FnOnce(&mut dyn FnMut(u64, u64)) -> Result<(), Errno>,
+) -> Result<Vec<(u64, u64)>, Errno> {
+    let mut gaps = Vec::new();
+    let mut covered = start;
+    scan(&mut |from, to| {
+        if from > covered {
+            gaps.push((covered, from));
+        }
+        covered = covered.max(to);
+    })?;
+    if covered < end {
+        gaps.push((covered, end));
+    }
+    Ok(gaps)
 }
 
 /// Parts, ascending, those with little between them as one.
