@@ -256,7 +256,12 @@ fn move_in(mode: &str, flags_of_run: &[&str]) -> serde_json::Value {
         (&true.into(), &mode.into())
     );
     let precopied = report["pages_precopied"].as_u64().unwrap();
-    assert_eq!(precopied > 0, mode != "stop", "{report}");
+    match mode {
+        "stop" => assert_eq!(precopied, 0, "{report}"),
+        // Of the little that goes ahead then, the guest may have written all.
+        "postcopy" => {}
+        _ => assert!(precopied > 0, "{report}"),
+    }
     if mode == "precopy" || mode == "stop" {
         assert_eq!(report["pages_demand"], 0, "{report}");
     }
