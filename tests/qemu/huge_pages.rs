@@ -127,6 +127,8 @@ fn what_a_tracker_reports_is_all_that_is_written_to_huge_pages() {
         "-device virtio-balloon-pci -qmp unix:{},server=on,wait=off",
         qemus.qmp("balloon").display()
     );
+    // With it the guest loads its drivers.
+    qemus.append = "load=1".to_owned();
     let _qemu = qemus.start("a");
     let file = std::fs::File::options()
         .read(true)
