@@ -5,6 +5,7 @@
 
 // One pool of huge pages for the whole machine, so one way to take turns with it.
 #[path = "../../pager/tests/common/huge.rs"]
+#[allow(clippy::expect_used, reason = "Clippy allows these in tests only")]
 pub mod huge;
 
 use std::fs::{self, File};

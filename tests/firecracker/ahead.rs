@@ -81,7 +81,7 @@ fn huge_pages_that_are_written_while_memory_goes_ahead_are_as_at_the_pause() {
             let flags = ["--max-bandwidth", "160mbit", "--downtime-limit", "10s"];
             let (report, log) = move_to(&home, mode, version, fault, "huge", &flags);
             let precopied = count(&report, "pages_precopied");
-            assert!(precopied > 0 && precopied % 512 == 0, "{report}");
+            assert!(precopied > 0 && precopied.is_multiple_of(512), "{report}");
             assert!(!log.contains("can't be noted"), "{log}");
         }
     }
