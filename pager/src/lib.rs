@@ -47,6 +47,7 @@ pub mod port;
 mod push;
 mod removal;
 mod report;
+mod room;
 mod slots;
 mod stage;
 mod sys;

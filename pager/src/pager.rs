@@ -24,6 +24,7 @@ use crate::install::{Installer, Registration, Shelf};
 use crate::memory::{LazyMemory, MemoryError};
 use crate::port::{DestinationMachine, HandedOver, LateMachine, MachineError};
 use crate::report::Statistics;
+use crate::room::shelf_for;
 use crate::stage::{Stage, StageCell};
 use crate::uffd::Uffd;
 
@@ -161,12 +162,7 @@ impl Offer {
     /// # Errors
     /// [`PagerError`]; but for [`PagerError::SourceLostAtHandover`] the machine runs on at the source.
     pub fn ask(self) -> Result<Unplaced, PagerError> {
-        let shelf = Shelf::new(self.layout().pages())
-            .inspect_err(|error| {
-                tracing::warn!(%error, "no room for pages that come before the machine");
-            })
-            .ok()
-            .map(Arc::new);
+        let shelf = shelf_for(self.layout());
         self.0
             .tell(Command::Ask(self.layout().clone(), shelf.clone()));
         let switchover = self.0.switched()?;

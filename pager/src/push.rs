@@ -198,7 +198,7 @@ impl Input {
 
     /// The same for pages that come before the pause.
     async fn keep(&mut self, intake: &Intake, header: FrameHeader) -> Result<(), PushError> {
-        // The memory may cut the image otherwise than the source does. Only small pages come early, of any region.
+        // The memory may cut the image otherwise than the source does; huge pages come whole either way.
         let there = intake.core.borrow().clone();
         let layout = there.as_ref().map_or(&intake.layout, |core| &core.layout);
         let mut parts = Parts::of(layout, header);

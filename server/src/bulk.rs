@@ -10,7 +10,8 @@ use lazyvm_wire::frame::{FRAME_PAGES_MAX, FrameKind};
 use lazyvm_wire::{PageIndex, PageMap, PageRange};
 use quinn::{Connection, ConnectionError, SendStream, WriteError};
 
-use crate::frames::{READ_PAGES_MAX, header};
+use crate::early::Outgoing;
+use crate::frames::{Content, READ_PAGES_MAX, header};
 use crate::handover::Phase;
 use crate::packing::Packer;
 use crate::rate::RateLimit;
@@ -113,8 +114,8 @@ struct Pusher<'a> {
 impl Pusher<'_> {
     /// Pushes what goes next; `false` when there is nothing.
     async fn push_next(&mut self) -> Result<bool, PushError> {
-        if let Some((range, round)) = self.session.next_early() {
-            self.push_early(range, round).await?;
+        if let Some(outgoing) = self.session.next_early() {
+            self.push_early(outgoing).await?;
             return Ok(true);
         }
         let Some(batch) = self.session.next_batch(READ_PAGES_MAX) else {
@@ -144,18 +145,18 @@ impl Pusher<'_> {
     }
 
     /// Sends pages before the pause.
-    async fn push_early(&mut self, range: PageRange, round: u8) -> Result<(), PushError> {
+    async fn push_early(&mut self, outgoing: Outgoing) -> Result<(), PushError> {
         let session = self.session;
         session.frames.early_frames(
-            range,
-            round,
+            outgoing,
             &mut self.packer,
             &mut self.chunks,
-            |run, bytes| {
+            |run, content| {
                 let mut early = lock(&session.early);
-                match bytes {
-                    Some(bytes) => early.sent(run, bytes),
-                    None => early.not_sent(run),
+                match content {
+                    Content::Data(bytes) => early.sent(run, bytes),
+                    Content::Zero => early.found_zero(run),
+                    Content::Unreadable => early.not_sent(run),
                 }
             },
         );
@@ -287,7 +288,8 @@ pub(crate) async fn digests_once_paused(session: Arc<Session>, connection: Conne
         return;
     }
     if let Some(paused) = session.paused()
-        && let Err(error) = send_digests(&session, &connection, paused.map).await
+        && let Some(map) = paused.to_verify
+        && let Err(error) = send_digests(&session, &connection, map).await
     {
         tracing::info!(session = %session.id, %error, "the digests stop");
     }

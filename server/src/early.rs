@@ -5,26 +5,39 @@
 //! its digest is compared with the memory's.
 //!
 //! A page is marked as sent *before* it is read. So a write that its copy may lack is reported after that, and takes the mark
-//! away: a page is never taken for one that holds and does not.
+//! away: a page is never taken for one that holds and does not. One that was found zero is marked too, and needs no copy.
+//!
+//! All of this goes by units: a huge page goes as a whole, since a destination can put no part of one in place, and a write to
+//! any part of it makes all of it stale. So its pages always have the same mark.
+
+mod held;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{HashMap, VecDeque};
-use std::ops::Range;
 
 use bitvec::prelude::{BitVec, Lsb0};
 use lazyvm_wire::held::HeldRun;
-use lazyvm_wire::{Backing, Layout, PAGE_SIZE, PageIndex, PageMap, PageRange};
+use lazyvm_wire::{Layout, PAGE_SIZE, PageIndex, PageMap, PageRange};
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 use crate::port::SourceMemory;
+use held::first_marked;
 
 /// Most pages that go early where digests tell what holds: 256 MiB, for which they take some megabytes.
 const DIGESTS_MAX: usize = 64 * 1024;
 
-/// Most threads that compare.
-const THREADS_MAX: usize = 4;
-
-/// Pages that are read at a time.
+/// Small pages that are read at a time.
 const READ_PAGES: u64 = 32;
+
+/// The mark of a page that did not go, or was written since.
+const NONE: u8 = 0;
+
+/// The mark of a page that was found zero, where writes are reported.
+const ZERO: u8 = u8::MAX;
+
+/// The last round.
+const ROUND_MAX: u8 = ZERO - 1;
 
 /// How what holds is known.
 #[derive(Debug)]
@@ -38,9 +51,19 @@ enum Check {
     Writes,
 }
 
+/// Pages that are to go now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Outgoing {
+    pub range: PageRange,
+    pub round: u8,
+    /// They are one huge page, which goes in one frame.
+    pub whole: bool,
+}
+
 /// What is to go early, and what has gone.
 #[derive(Debug)]
 pub(crate) struct Early {
+    layout: Layout,
     check: Check,
     /// What is to go, and pages that are not to go any more.
     queue: VecDeque<PageRange>,
@@ -50,12 +73,13 @@ pub(crate) struct Early {
     waiting: u64,
     /// A bit for each page that was ever to go.
     known: BitVec<u64, Lsb0>,
-    /// In which round each page went; 0 for one that did not, or was written since. Empty until something is queued.
-    rounds: Vec<u8>,
+    /// Each page's mark: in which round it went, or [`NONE`] or [`ZERO`]. Empty until something is queued.
+    marks: Vec<u8>,
     /// How often each page was found written after it had gone.
     heat: Vec<u8>,
     round: u8,
-    pages: u64,
+    /// Pages that were taken to go, and nobody has told yet what is in them.
+    open: PageRange,
     /// Bytes that are under way.
     unacked: u64,
     /// A connection that carried such pages was lost: nobody knows what arrived.
@@ -73,10 +97,11 @@ impl Early {
             queued: BitVec::repeat(false, layout.pages() as usize),
             waiting: 0,
             known: BitVec::repeat(false, layout.pages() as usize),
-            rounds: Vec::new(),
+            marks: Vec::new(),
             heat: Vec::new(),
             round: 1,
-            pages: layout.pages(),
+            layout: layout.clone(),
+            open: PageRange::new(PageIndex(0), 0),
             unacked: 0,
             void: false,
         }
@@ -84,32 +109,44 @@ impl Early {
 
     /// Writes are reported from now on, to [`Self::written`]. Nothing was queued yet.
     pub fn writes_are_tracked(&mut self) {
-        debug_assert!(self.rounds.is_empty());
+        debug_assert!(self.marks.is_empty());
         self.check = Check::Writes;
     }
 
-    /// These pages are to go, as far as they are not here or under way already. Huge pages go at the pause only.
-    pub fn queue(&mut self, layout: &Layout, ranges: impl IntoIterator<Item = PageRange>) {
+    /// The units of these pages are to go, as far as they are not here or under way already.
+    pub fn queue(&mut self, ranges: impl IntoIterator<Item = PageRange>) {
         if self.void {
             return;
         }
-        if self.rounds.is_empty() {
-            self.rounds = vec![0; self.pages as usize];
-            self.heat = vec![0; self.pages as usize];
+        if self.marks.is_empty() {
+            self.marks = vec![NONE; self.layout.pages() as usize];
+            self.heat = vec![0; self.layout.pages() as usize];
         }
         for range in ranges {
-            for page in range.pages() {
-                let small = layout
-                    .locate(page)
-                    .and_then(|(region, _)| layout.regions().get(region))
-                    .is_some_and(|region| region.backing == Backing::Small);
-                let new = self.rounds.get(page.as_usize()) == Some(&0);
-                if small && new && !self.is_full() && !self.queued.replace(page.as_usize(), true) {
-                    self.known.set(page.as_usize(), true);
-                    self.push(page);
-                }
+            let mut page = range.first;
+            while page < range.end()
+                && let Some(unit) = self.layout.unit_of(page)
+            {
+                self.queue_unit(unit);
+                page = unit.end();
             }
         }
+    }
+
+    fn queue_unit(&mut self, unit: PageRange) {
+        let first = unit.first.as_usize();
+        if self.marks[first] != NONE || self.queued[first] || self.is_full() {
+            return;
+        }
+        self.queued[first..unit.end().as_usize()].fill(true);
+        self.known[first..unit.end().as_usize()].fill(true);
+        match self.queue.back_mut() {
+            Some(last) if last.end() == unit.first && last.count + unit.count <= READ_PAGES => {
+                last.count += unit.count;
+            }
+            _ => self.queue.push_back(unit),
+        }
+        self.waiting += unit.count;
     }
 
     fn is_full(&self) -> bool {
@@ -119,16 +156,9 @@ impl Early {
         }
     }
 
-    fn push(&mut self, page: PageIndex) {
-        match self.queue.back_mut() {
-            Some(last) if last.end() == page && last.count < READ_PAGES => last.count += 1,
-            _ => self.queue.push_back(PageRange::one(page)),
-        }
-        self.waiting += 1;
-    }
-
-    /// The next pages that are to go, and their round. From now on they count as sent.
-    pub fn next(&mut self) -> Option<(PageRange, u8)> {
+    /// The next pages that are to go. From now on they count as sent. What is in them is to be told, run by run, before the
+    /// next ones are taken.
+    pub fn next(&mut self) -> Option<Outgoing> {
         let range = loop {
             let range = self.queue.pop_front()?;
             let (gone, going) = self.first_queued(range);
@@ -142,19 +172,17 @@ impl Early {
         };
         let bits = range.first.as_usize()..range.end().as_usize();
         self.queued[bits.clone()].fill(false);
-        self.rounds[bits].fill(self.round);
+        self.marks[bits].fill(self.round);
         self.waiting -= range.count;
-        Some((range, self.round))
+        self.open = range;
+        Some(Outgoing {
+            range,
+            round: self.round,
+            whole: range.count > READ_PAGES,
+        })
     }
 
-    /// Nothing waits to go any more.
-    pub fn unqueue(&mut self) {
-        self.queue.clear();
-        self.queued.fill(false);
-        self.waiting = 0;
-    }
-
-    /// How many pages at the start of `range` do not wait any more, and the run of those behind them that do.
+    /// How many pages at the start of `range` are not to go any more, and the run of those behind them that are.
     fn first_queued(&self, range: PageRange) -> (u64, PageRange) {
         let bits = &self.queued[range.first.as_usize()..range.end().as_usize()];
         let gone = bits.leading_zeros();
@@ -163,8 +191,16 @@ impl Early {
         (gone as u64, PageRange::new(first, count as u64))
     }
 
+    /// Nothing is to go any more.
+    pub fn unqueue(&mut self) {
+        self.queue.clear();
+        self.queued.fill(false);
+        self.waiting = 0;
+    }
+
     /// These pages go with these bytes.
     pub fn sent(&mut self, range: PageRange, bytes: &[u8]) {
+        self.is_told(range);
         if let Check::Digests { sent, seed } = &mut self.check {
             for (page, bytes) in range.pages().zip(bytes.chunks_exact(PAGE_SIZE)) {
                 sent.insert(page, xxh3_128_with_seed(bytes, *seed));
@@ -172,9 +208,34 @@ impl Early {
         }
     }
 
-    /// These pages were taken to go, and don't: they are zero or can't be read.
+    /// These pages were taken to go, and are zero. They are marked as such, as far as no write was reported meanwhile.
+    pub fn found_zero(&mut self, range: PageRange) {
+        let mark = match self.check {
+            Check::Digests { .. } => NONE,
+            Check::Writes => ZERO,
+        };
+        self.mark_unwritten(range, mark);
+    }
+
+    /// These pages were taken to go, and can't be read.
     pub fn not_sent(&mut self, range: PageRange) {
-        self.rounds[range.first.as_usize()..range.end().as_usize()].fill(0);
+        self.mark_unwritten(range, NONE);
+    }
+
+    fn is_told(&mut self, range: PageRange) {
+        let open = self.open;
+        self.open = PageRange::new(range.end(), open.end().0.saturating_sub(range.end().0));
+    }
+
+    fn mark_unwritten(&mut self, range: PageRange, mark: u8) {
+        self.is_told(range);
+        // None are left after a connection was lost.
+        let marks = self
+            .marks
+            .get_mut(range.first.as_usize()..range.end().as_usize());
+        for known in marks.into_iter().flatten().filter(|known| **known != NONE) {
+            *known = mark;
+        }
     }
 
     /// So many bytes more are under way.
@@ -197,38 +258,49 @@ impl Early {
         self.unacked
     }
 
-    /// These pages were written. Those that had gone, and do not hold any more, are passed on; and so are those that wait to
-    /// go, which they do not then: who is written once is likely to be written again, and would go twice.
-    ///
+    /// These pages were written. Those that do not hold any more, as all of a huge page does not, are passed on; and so are
+    /// those that are to go, which they are not then: who is written once is likely to be written again, and would go twice.
     /// Gives how many of them were ever to go: a tracker may tell pages that hold nothing too.
+    ///
+    /// A page that was found zero is passed on once: memory that is given back again and again, or that a tracker reports
+    /// for want of knowledge, would go in every round.
     pub fn written(&mut self, range: PageRange, mut stale: impl FnMut(PageIndex)) -> u64 {
-        if self.rounds.is_empty() {
+        let Some(first) = self.layout.unit_of(range.first) else {
             return 0;
-        }
-        let end = range.end().0.min(self.pages) as usize;
-        let mut at = range.first.as_usize();
+        };
+        let last = PageIndex(range.end().0.min(self.layout.pages()).saturating_sub(1));
+        let end = self.layout.unit_of(last).map_or(last, |unit| unit.end());
+        let bits = first.first.as_usize()..end.as_usize();
         if self.waiting > 0 {
-            let queued = &mut self.queued[at.min(end)..end];
+            let queued = &mut self.queued[bits.clone()];
             for offset in queued.iter_ones() {
-                stale(PageIndex((at + offset) as u64));
+                stale(PageIndex(first.first.0 + offset as u64));
             }
             self.waiting -= queued.count_ones() as u64;
             queued.fill(false);
         }
+        let mut at = first.first;
         // Most of what is reported at a time holds nothing, and never went.
-        while let Some(sent) = first_sent(&self.rounds, at..end) {
-            self.rounds[sent] = 0;
-            self.heat[sent] = self.heat[sent].saturating_add(1);
-            stale(PageIndex(sent as u64));
-            at = sent + 1;
+        while let Some(marked) = first_marked(&self.marks, at.as_usize()..end.as_usize())
+            && let Some(unit) = self.layout.unit_of(PageIndex(marked as u64))
+        {
+            for page in unit.pages() {
+                let mark = std::mem::replace(&mut self.marks[page.as_usize()], NONE);
+                let heat = &mut self.heat[page.as_usize()];
+                if mark != ZERO || *heat == 0 {
+                    stale(page);
+                }
+                *heat = heat.saturating_add(1);
+            }
+            at = unit.end();
         }
-        self.known[range.first.as_usize().min(end)..end].count_ones() as u64
+        self.known[bits].count_ones() as u64
     }
 
     /// What goes from now on is newer than all that went so far; `false` when there can be no more rounds.
     pub fn next_round(&mut self) -> bool {
-        self.round = self.round.saturating_add(1);
-        self.round < u8::MAX
+        self.round = self.round.saturating_add(1).min(ROUND_MAX);
+        self.round < ROUND_MAX
     }
 
     /// How often a page was found written after it had gone.
@@ -238,10 +310,10 @@ impl Early {
 
     /// Nothing that went counts: a connection was lost that may have carried it, or writes may have been missed.
     pub fn give_up(&mut self) {
-        self.void |= !self.rounds.is_empty();
+        self.void |= !self.marks.is_empty();
         self.unqueue();
         self.unacked = 0;
-        self.rounds = Vec::new();
+        self.marks = Vec::new();
         if let Check::Digests { sent, .. } = &mut self.check {
             sent.clear();
         }
@@ -252,266 +324,17 @@ impl Early {
         self.void
     }
 
-    /// The pages that went and are the same now that the machine is paused and the last writes were reported. What can't be
-    /// read is not.
-    pub fn held(&self, memory: &dyn SourceMemory, map: &PageMap) -> Vec<HeldRun> {
+    /// The pages that went and are the same now that the machine is paused and the last writes were reported, as far as the
+    /// map, of whole units, calls them data. What can't be read is not. Those that were found zero, and are so still, the map
+    /// calls zero from then on. What is being read to go does not hold: it may turn out not to go.
+    pub fn held(&mut self, memory: &dyn SourceMemory, map: &mut PageMap) -> Vec<HeldRun> {
+        self.mark_unwritten(self.open, NONE);
         match &self.check {
-            Check::Digests { sent, seed } => held_by_digest(sent, *seed, memory, map),
-            Check::Writes => held_by_round(&self.rounds, map),
-        }
-    }
-}
-
-/// The first page of `pages` that went. Most did not, so that many are looked at in one step.
-fn first_sent(rounds: &[u8], pages: Range<usize>) -> Option<usize> {
-    const STEP: usize = 64;
-    let mut at = pages.start;
-    let part = rounds.get(pages)?;
-    for step in part.chunks(STEP) {
-        if step.iter().fold(0, |any, &round| any | round) != 0 {
-            return Some(at + step.iter().position(|&round| round != 0)?);
-        }
-        at += STEP;
-    }
-    None
-}
-
-/// The runs of equal rounds among the pages that hold data.
-fn held_by_round(rounds: &[u8], map: &PageMap) -> Vec<HeldRun> {
-    let mut held: Vec<HeldRun> = Vec::new();
-    let bits = map.bits();
-    let mut at = 0;
-    while at < rounds.len() {
-        let Some(first) = first_sent(rounds, at..rounds.len()) else {
-            break;
-        };
-        at = first;
-        let round = rounds[at];
-        let rest = &rounds[at..];
-        let count = rest.iter().position(|&other| other != round);
-        let end = at + count.unwrap_or(rest.len());
-        while let Some(offset) = bits[at..end].first_one() {
-            let first = at + offset;
-            let count = bits[first..end].leading_ones();
-            held.push(HeldRun {
-                range: PageRange::new(PageIndex(first as u64), count as u64),
-                round,
-            });
-            at = first + count;
-        }
-        at = end;
-    }
-    held
-}
-
-/// The machine stands still meanwhile, so several threads look.
-fn held_by_digest(
-    sent: &HashMap<PageIndex, u128>,
-    seed: u64,
-    memory: &dyn SourceMemory,
-    map: &PageMap,
-) -> Vec<HeldRun> {
-    let mut pages: Vec<_> = sent.keys().copied().collect();
-    pages.sort_unstable();
-    pages.retain(|page| map.bits()[page.as_usize()]);
-    let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-    let part = pages.len().div_ceil(threads.min(THREADS_MAX)).max(1);
-    let same = std::thread::scope(|scope| {
-        let parts: Vec<_> = pages
-            .chunks(part)
-            .map(|pages| scope.spawn(|| same(sent, seed, memory, pages)))
-            .collect();
-        parts
-            .into_iter()
-            // A part whose thread has panicked is not held.
-            .flat_map(|part| part.join().unwrap_or_default())
-            .collect::<Vec<_>>()
-    });
-    let mut held: Vec<HeldRun> = Vec::new();
-    for page in same {
-        match held.last_mut() {
-            Some(last) if last.range.end() == page => last.range.count += 1,
-            _ => held.push(HeldRun {
-                range: PageRange::one(page),
-                round: 1,
-            }),
-        }
-    }
-    held
-}
-
-/// Those of these pages, ascending, that are what was sent.
-fn same(
-    sent: &HashMap<PageIndex, u128>,
-    seed: u64,
-    memory: &dyn SourceMemory,
-    pages: &[PageIndex],
-) -> Vec<PageIndex> {
-    let mut same = Vec::with_capacity(pages.len());
-    let mut buffer = vec![0; READ_PAGES as usize * PAGE_SIZE];
-    let mut rest = pages;
-    while let Some(&first) = rest.first() {
-        let count = rest
-            .iter()
-            .zip(first.0..first.0 + READ_PAGES)
-            .take_while(|(page, expected)| page.0 == *expected)
-            .count();
-        let range = PageRange::new(first, count as u64);
-        rest = &rest[count..];
-        let bytes = &mut buffer[..range.bytes() as usize];
-        if memory.read(range, bytes).is_err() {
-            continue;
-        }
-        let now = range.pages().zip(bytes.chunks_exact(PAGE_SIZE));
-        same.extend(
-            now.filter(|(page, bytes)| sent.get(page) == Some(&xxh3_128_with_seed(bytes, seed)))
-                .map(|(page, _)| page),
-        );
-    }
-    same
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io;
-    use std::sync::Mutex;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// A byte a page; page 13 can't be read.
-    struct Memory(Mutex<Vec<u8>>);
-
-    impl SourceMemory for Memory {
-        fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
-            if range.contains(PageIndex(13)) {
-                return Err(io::ErrorKind::InvalidData.into());
+            Check::Digests { sent, seed } => {
+                let pages = held::by_digest(sent, *seed, memory, map);
+                held::whole_units(&self.layout, &pages)
             }
-            let pages = self.0.lock().unwrap();
-            for (page, bytes) in range.pages().zip(out.chunks_exact_mut(PAGE_SIZE)) {
-                bytes.fill(pages[page.as_usize()]);
-            }
-            Ok(())
-        }
-
-        fn data_runs(&self, _: &mut dyn FnMut(PageRange)) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    fn bits(held: &[HeldRun]) -> Vec<bool> {
-        let mut bits = vec![false; 300];
-        for page in held.iter().flat_map(|run| run.range.pages()) {
-            bits[page.as_usize()] = true;
-        }
-        bits
-    }
-
-    fn send_all(early: &mut Early, memory: &Memory) -> Vec<PageIndex> {
-        let mut sent = Vec::new();
-        while let Some((range, _)) = early.next() {
-            let mut bytes = vec![0; range.bytes() as usize];
-            if memory.read(range, &mut bytes).is_ok() {
-                early.sent(range, &bytes);
-                sent.extend(range.pages());
-            } else {
-                early.not_sent(range);
-            }
-        }
-        sent
-    }
-
-    proptest! {
-        /// Exactly those pages are held that went, did not change, and are data; each goes once.
-        #[test]
-        fn what_changed_is_not_held(
-            queued in proptest::collection::vec((0..300_u64, 1..40_u64), 0..12),
-            changed in proptest::collection::btree_set(0..300_usize, 0..80),
-            zero in proptest::collection::btree_set(0..300_usize, 0..20),
-        ) {
-            let layout = Layout::flat(300).unwrap();
-            let memory = Memory(Mutex::new(vec![1; 300]));
-            let mut early = Early::new(&layout, 7);
-            let mut sent = Vec::new();
-            for (first, count) in queued {
-                early.queue(&layout, [PageRange::new(PageIndex(first), count)]);
-                sent.extend(send_all(&mut early, &memory));
-            }
-            let once: std::collections::BTreeSet<_> = sent.iter().copied().collect();
-            prop_assert_eq!(once.len(), sent.len());
-            let mut map = PageMap::zeroed(300);
-            for page in 0..300 {
-                if !zero.contains(&page) {
-                    map.set_data(PageRange::one(PageIndex(page as u64)));
-                }
-            }
-            for &page in &changed {
-                memory.0.lock().unwrap()[page] = 2;
-            }
-            let held = bits(&early.held(&memory, &map));
-            // A run of pages next to one that can't be read is read with it, and is not held.
-            for page in (0..300).filter(|page| !(13 - 32..13 + 32).contains(&(*page as i64))) {
-                let expected = once.contains(&PageIndex(page as u64))
-                    && !changed.contains(&page)
-                    && !zero.contains(&page);
-                prop_assert_eq!(held[page], expected, "page {}", page);
-            }
-            for (page, held) in held.iter().enumerate().take(45) {
-                prop_assert!(!held || !changed.contains(&page));
-            }
-            early.give_up();
-            prop_assert!(early.held(&memory, &map).is_empty());
-        }
-
-        /// A machine that writes between any two steps, and a tracker that reports it some time later: what holds at the
-        /// pause is what the destination has, in the round that is told.
-        #[test]
-        fn what_holds_is_what_went_last(
-            steps in proptest::collection::vec((0..7_u8, 0..100_u64, 1..30_u64), 0..120),
-        ) {
-            let layout = Layout::flat(100).unwrap();
-            let mut memory = vec![1_u32; 100];
-            let mut unreported = std::collections::BTreeSet::new();
-            let mut there = vec![(0_u8, 0_u32); 100];
-            let mut early = Early::new(&layout, 7);
-            early.writes_are_tracked();
-            early.queue(&layout, [PageRange::new(PageIndex(0), 100)]);
-            for (step, first, count) in steps {
-                let range = PageRange::new(PageIndex(first), count.min(100 - first));
-                match step {
-                    0..=2 => for page in range.pages() {
-                        memory[page.as_usize()] += 1;
-                        unreported.insert(page);
-                    },
-                    3 => if let Some((range, round)) = early.next() {
-                        for page in range.pages() {
-                            there[page.as_usize()] = (round, memory[page.as_usize()]);
-                        }
-                    },
-                    4 => {
-                        let mut stale = Vec::new();
-                        for page in std::mem::take(&mut unreported) {
-                            early.written(PageRange::one(page), |page| stale.push(PageRange::one(page)));
-                        }
-                        if early.next_round() {
-                            early.queue(&layout, stale);
-                        }
-                    }
-                    5 if count == 1 => early.unqueue(),
-                    _ => early.queue(&layout, [range]),
-                }
-            }
-            for page in unreported {
-                early.written(PageRange::one(page), |_| ());
-            }
-            let mut map = PageMap::zeroed(100);
-            map.set_data(PageRange::new(PageIndex(0), 100));
-            for run in early.held(&Memory(Mutex::new(Vec::new())), &map) {
-                for page in run.range.pages() {
-                    prop_assert_eq!(there[page.as_usize()], (run.round, memory[page.as_usize()]));
-                }
-            }
+            Check::Writes => held::by_round(&self.marks, map),
         }
     }
 }

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use lazyvm_wire::frame::{FRAME_PAGES_MAX, FrameHeader, FrameKind};
 use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange, is_zero, page_digest, zero_digest};
 
+use crate::early::Outgoing;
 use crate::packing::Packer;
 use crate::port::SourceMemory;
 
@@ -31,6 +32,14 @@ pub(crate) struct FrameStats {
     pub zero_pages: u64,
     /// Pages that could not be read.
     pub unreadable_pages: u64,
+}
+
+/// What a run of pages is found to hold.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Content<'a> {
+    Data(&'a [u8]),
+    Zero,
+    Unreadable,
 }
 
 impl FrameReader {
@@ -59,12 +68,7 @@ impl FrameReader {
         }
         let payload = Bytes::from_owner(buffer);
         let mut rest = range;
-        let next = |rest: PageRange| match (whole, rest.is_empty()) {
-            (true, false) => Some((rest, is_zero(&payload))),
-            (true, true) => None,
-            (false, _) => next_run(&payload, range.first, rest),
-        };
-        while let Some((run, zero)) = next(rest) {
+        while let Some((run, zero)) = next_run(&payload, range.first, rest, whole) {
             if zero {
                 stats.zero_pages += run.count;
                 out.push(header(run, FrameKind::Zero));
@@ -79,32 +83,34 @@ impl FrameReader {
         stats
     }
 
-    /// Appends frames with the pages as they are now, while the machine runs, as part of a round, and passes each run's
-    /// bytes to `sent`: `None` for what is zero or can't be read now, which is left to the push.
+    /// Appends frames with the pages as they are now, while the machine runs, and tells `found` what is in each run. Only
+    /// what has data goes.
     pub fn early_frames(
         &self,
-        range: PageRange,
-        round: u8,
+        outgoing: Outgoing,
         packer: &mut Packer,
         out: &mut Vec<Bytes>,
-        mut sent: impl FnMut(PageRange, Option<&[u8]>),
+        mut found: impl FnMut(PageRange, Content<'_>),
     ) {
+        let Outgoing {
+            range,
+            round,
+            whole,
+        } = outgoing;
         let mut buffer = Pool::take(&self.pool, range.bytes() as usize);
         if self.memory.read(range, &mut buffer.bytes).is_err() {
-            sent(range, None);
+            found(range, Content::Unreadable);
             return;
         }
         let payload = Bytes::from_owner(buffer);
         let mut rest = range;
-        while !rest.is_empty()
-            && let Some((run, zero)) = next_run(&payload, range.first, rest)
-        {
+        while let Some((run, zero)) = next_run(&payload, range.first, rest, whole) {
             if zero {
-                sent(run, None);
+                found(run, Content::Zero);
             } else {
                 let start = ((run.first.0 - range.first.0) as usize) * PAGE_SIZE;
                 let bytes = payload.slice(start..start + run.bytes() as usize);
-                sent(run, Some(&bytes));
+                found(run, Content::Data(&bytes));
                 let header = FrameHeader::new(run, FrameKind::Early).in_round(round);
                 append(header, bytes, packer, out);
             }
@@ -181,8 +187,17 @@ fn append(header: FrameHeader, pages: Bytes, packer: &mut Packer, out: &mut Vec<
     out.push(payload);
 }
 
-/// The longest run at the start of `rest` that is all zero or has no zero page, and which of the two.
-fn next_run(payload: &[u8], first: PageIndex, rest: PageRange) -> Option<(PageRange, bool)> {
+/// The longest run at the start of `rest` that is all zero or has no zero page, and which of the two. A `whole` one is not
+/// cut, and has data where any page of it has; nothing is left behind it.
+fn next_run(
+    payload: &[u8],
+    first: PageIndex,
+    rest: PageRange,
+    whole: bool,
+) -> Option<(PageRange, bool)> {
+    if whole {
+        return (!rest.is_empty()).then(|| (rest, is_zero(payload)));
+    }
     let start = ((rest.first.0 - first.0) as usize) * PAGE_SIZE;
     let mut pages = payload[start..start + rest.bytes() as usize]
         .chunks_exact(PAGE_SIZE)

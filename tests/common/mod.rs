@@ -3,6 +3,11 @@
 // Clippy allows these in tests only, not in what tests share.
 #![allow(clippy::unwrap_used)]
 
+// One pool of huge pages for the whole machine, so one way to take turns with it.
+#[path = "../../pager/tests/common/huge.rs"]
+#[allow(clippy::expect_used, reason = "Clippy allows these in tests only")]
+pub mod huge;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;

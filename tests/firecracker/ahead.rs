@@ -5,16 +5,29 @@ use std::fs;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use super::common::huge::HugePages;
 use super::common::{Home, is_root, wait_for};
 use super::{Vm, destination, firecracker, is_gone, serve_vm, snapshot};
 
 /// Moves a VM, and gives the report.
 fn move_by(home: &Home, mode: &str, version: &str, fault: &str, flags: &[&str]) -> (Value, String) {
+    move_to(home, mode, version, fault, "", flags)
+}
+
+/// The same with a destination that is not as the others.
+fn move_to(
+    home: &Home,
+    mode: &str,
+    version: &str,
+    fault: &str,
+    fault_there: &str,
+    flags: &[&str],
+) -> (Value, String) {
     let name = format!("{mode}-{version}-{}", fault.replace(' ', "-"));
     let mut source = firecracker(home, &name, version, fault, false);
     let flags = [&["--mode", mode], flags].concat();
     let (mut serve, ticket) = serve_vm(home, &source, &flags);
-    let vm = destination(home, &source, version, "");
+    let vm = destination(home, &source, version, fault_there);
     vm.resume(home, &ticket).ends_with(0);
     vm.is_well(home);
     let log = serve.ends_with(0);
@@ -42,6 +55,33 @@ fn what_is_written_while_memory_goes_ahead_is_as_at_the_pause() {
             let flags = ["--max-bandwidth", "160mbit"];
             let (report, log) = move_by(&home, mode, version, fault, &flags);
             assert!(count(&report, "pages_precopied") > 2000, "{report}");
+            assert!(!log.contains("can't be noted"), "{log}");
+        }
+    }
+}
+
+/// The same with private huge pages, which lie on a shelf of small ones.
+#[test]
+fn huge_pages_that_are_written_while_memory_goes_ahead_are_as_at_the_pause() {
+    let test = "huge_pages_that_are_written_while_memory_goes_ahead_are_as_at_the_pause";
+    if !is_root(test) {
+        return;
+    }
+    // Those of both sides, and what an install holds for a moment.
+    let Some(_pool) = HugePages::more(test, 24) else {
+        return;
+    };
+    let home = Home::new();
+    snapshot(&home);
+    for mode in ["hybrid", "precopy"] {
+        for (version, fault) in [
+            ("1.7.0", "source busy huge"),
+            ("1.16.0", "source busy huge tracks"),
+        ] {
+            let flags = ["--max-bandwidth", "160mbit", "--downtime-limit", "10s"];
+            let (report, log) = move_to(&home, mode, version, fault, "huge", &flags);
+            let precopied = count(&report, "pages_precopied");
+            assert!(precopied > 0 && precopied.is_multiple_of(512), "{report}");
             assert!(!log.contains("can't be noted"), "{log}");
         }
     }

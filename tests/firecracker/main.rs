@@ -18,7 +18,8 @@ use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Home, Program, is_root, lazyvm, skip, wait_for};
+use common::huge::HugePages;
+use common::{Home, Program, is_root, lazyvm, wait_for};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::signal::Signal;
 use peer::{ROLE, Role};
@@ -340,40 +341,13 @@ fn what_may_be_a_diff_snapshot_is_refused_unless_the_user_says_it_is_none() {
     vm.is_well(&home);
 }
 
-/// Huge pages for as long as this lives.
-struct HugePages {
-    before: String,
-}
-
-const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
-
-impl HugePages {
-    fn reserve(test: &str, count: usize) -> Option<Self> {
-        if !is_root(test) {
-            return None;
-        }
-        let number = || fs::read_to_string(NR_HUGEPAGES).unwrap_or_default();
-        let before = number();
-        let were: usize = before.trim().parse().unwrap_or_default();
-        let this = Self { before };
-        let written = fs::write(NR_HUGEPAGES, (were + count).to_string());
-        if written.is_err() || number().trim().parse() != Ok(were + count) {
-            skip(test, "the kernel has no huge pages to give");
-            return None;
-        }
-        Some(this)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = fs::write(NR_HUGEPAGES, &self.before);
-    }
-}
-
 #[test]
 fn huge_pages_are_put_in_place_as_a_whole() {
-    let Some(_pages) = HugePages::reserve("huge_pages_are_put_in_place_as_a_whole", 24) else {
+    let test = "huge_pages_are_put_in_place_as_a_whole";
+    if !is_root(test) {
+        return;
+    }
+    let Some(_pages) = HugePages::more(test, 24) else {
         return;
     };
     let home = Home::new();

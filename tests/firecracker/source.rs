@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lazyvm_pager::{InstallMode, LazyMemory};
-use lazyvm_wire::{Layout, PAGE_SIZE, PageIndex, PageRange};
+use lazyvm_wire::{Backing, Layout, PAGE_SIZE, PageIndex, PageRange, Region};
 use nix::fcntl::OFlag;
 use serde_json::{Value, json};
 
@@ -33,6 +33,9 @@ const SAVED: u64 = 201;
 /// What a busy guest writes to, and what it gives back.
 const BUSY: PageRange = PageRange::new(PageIndex(1000), 96);
 const GIVEN_BACK: PageRange = PageRange::new(PageIndex(2000), 64);
+
+/// The same of huge pages.
+const GIVEN_BACK_HUGE: PageRange = PageRange::new(PageIndex(2048), 512);
 
 /// What is at the pause, in the peer's home.
 pub const AT_THE_PAUSE: &str = "at-the-pause";
@@ -61,7 +64,19 @@ impl Source {
             PAGE_SIZE as u64
         };
         let pages = bytes / PAGE_SIZE as u64;
-        let layout = Layout::flat(pages).unwrap();
+        let is_huge = is_source && role.fault.contains("huge");
+        let backing = if is_huge {
+            Backing::Huge2M
+        } else {
+            Backing::Small
+        };
+        let region = Region {
+            name: "memory".to_owned(),
+            gpa: None,
+            pages,
+            backing,
+        };
+        let layout = Layout::new(vec![region]).unwrap();
         let memory = if role.fault.contains("shared") {
             LazyMemory::shared(&layout, InstallMode::Minor).unwrap()
         } else {
@@ -88,7 +103,7 @@ impl Source {
             source.receive_packets(&role.home);
         }
         if role.fault.contains("busy") {
-            source.run_guest();
+            source.run_guest(is_huge);
         }
         source
     }
@@ -121,7 +136,7 @@ impl Source {
         });
     }
 
-    fn run_guest(&self) {
+    fn run_guest(&self, is_huge: bool) {
         let (memory, runs) = (self.memory.clone(), self.runs.clone());
         std::thread::spawn(move || {
             let mut random = 1_u64;
@@ -139,7 +154,13 @@ impl Source {
                         };
                         let at = page * PAGE_SIZE as u64 + (random >> 20) % 512 * 8;
                         memory.write_at(at, &random.to_le_bytes()).unwrap();
-                        if random >> 60 == 0 {
+                        if is_huge && random >> 60 == 1 {
+                            // Its next owner writes to it at once.
+                            sys::give_back(&memory, GIVEN_BACK_HUGE);
+                            let at = pick(GIVEN_BACK_HUGE) * PAGE_SIZE as u64;
+                            memory.write_at(at, &random.to_le_bytes()).unwrap();
+                        }
+                        if !is_huge && random >> 60 == 0 {
                             let page = PageRange::one(PageIndex(pick(GIVEN_BACK)));
                             sys::give_back(&memory, page);
                         }
@@ -160,9 +181,14 @@ impl Source {
             }
             "GET /machine-config" => {
                 let mib = self.memory.bytes() >> 20;
+                let huge = if role.fault.contains("huge") {
+                    "2M"
+                } else {
+                    "None"
+                };
                 (
                     200,
-                    json!({"vcpu_count": 1, "mem_size_mib": mib, "track_dirty_pages": tracks, "huge_pages": "None"}),
+                    json!({"vcpu_count": 1, "mem_size_mib": mib, "track_dirty_pages": tracks, "huge_pages": huge}),
                 )
             }
             "PATCH /vm" => {

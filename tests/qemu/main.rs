@@ -15,6 +15,7 @@ mod at_pause;
 mod copy;
 mod guest;
 mod hosts;
+mod huge_pages;
 mod images;
 mod kills;
 mod load;

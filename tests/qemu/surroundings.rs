@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::common::{skip, wait_for};
+use crate::common::wait_for;
 use crate::guest::{Qemus, Shape, can_move};
 
 const SHAPE: Shape = Shape {
@@ -63,68 +63,6 @@ fn ram_in_a_memfd_and_a_balloon_in_it() {
     resume.ends_with(0);
     serve.ends_with(0);
     qemus.wait_ticks("c", 10);
-}
-
-/// Huge pages that are there for a test, and go back to the system with it.
-struct HugePages {
-    before: u64,
-    folder: PathBuf,
-}
-
-const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
-
-impl HugePages {
-    fn new(folder: &Path, count: u64) -> Option<Self> {
-        let read = || -> u64 {
-            fs::read_to_string(HUGE_PAGES)
-                .unwrap()
-                .trim()
-                .parse()
-                .unwrap()
-        };
-        let pages = Self {
-            before: read(),
-            folder: folder.to_owned(),
-        };
-        fs::write(HUGE_PAGES, (pages.before + count).to_string()).unwrap();
-        let mounted = Command::new("mount")
-            .args(["-t", "hugetlbfs", "-o", "pagesize=2M", "none"])
-            .arg(folder)
-            .status();
-        (read() == pages.before + count && mounted.is_ok_and(|status| status.success()))
-            .then_some(pages)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        // Lazily: whoever has a file open there ends soon.
-        let _ = Command::new("umount")
-            .arg("--lazy")
-            .arg(&self.folder)
-            .status();
-        let _ = fs::write(HUGE_PAGES, self.before.to_string());
-    }
-}
-
-#[test]
-fn ram_of_huge_pages_there_and_back_again() {
-    let test = "ram_of_huge_pages_there_and_back_again";
-    if !can_move(test) {
-        return;
-    }
-    let qemus = Qemus::new(SHAPE);
-    // Source and destination.
-    let Some(_pages) = HugePages::new(qemus.ram(), 2 * SHAPE.memory_mib / 2) else {
-        skip(test, "there are no 2 MiB pages to be had");
-        return;
-    };
-    let _first = qemus.start("a");
-    for (from, to) in [("a", "b"), ("b", "c")] {
-        qemus.move_on(from, to);
-        qemus.wait_ticks(to, 5);
-        qemus.wait_gone(from);
-    }
 }
 
 /// The source's QEMU is nobody's and has its RAM file on a file system that it alone sees. So has the destination's one,

@@ -8,19 +8,21 @@
 mod common;
 
 use common::at_pause::AtPause;
+use common::huge::HugePages;
 use common::{Home, has_kvm};
 use lazyvm_server::snapshot::{Snapshot, take};
 use lazyvm_vmm_glue::kvm::{RemoteMachine, TouchConfig};
+use lazyvm_wire::Backing;
 
 /// Takes three snapshots, each on the one before, of a machine that writes to all of its memory.
-fn follow(cpus: u32) {
+fn follow(cpus: u32, backing: Backing) {
     let home = Home::new();
     let touch = TouchConfig {
         hot_bytes: Some(1 << 20),
         cold_per_million: 50_000,
         ..TouchConfig::default()
     };
-    let running = home.touch(cpus, touch);
+    let running = home.touch_on(backing, cpus, touch);
     running.wait_ticks(1, cpus.into());
     let machine = AtPause::new(RemoteMachine::connect(&running.control).unwrap());
     let directories = ["one", "two", "three"].map(|name| home.path(name));
@@ -41,13 +43,23 @@ fn follow(cpus: u32) {
 #[test]
 fn a_tracked_snapshot_is_the_memory_of_its_pause() {
     if has_kvm("a_tracked_snapshot_is_the_memory_of_its_pause") {
-        follow(1);
+        follow(1, Backing::Small);
     }
 }
 
 #[test]
 fn a_tracked_snapshot_of_two_vcpus_is_the_memory_of_its_pause() {
     if has_kvm("a_tracked_snapshot_of_two_vcpus_is_the_memory_of_its_pause") {
-        follow(2);
+        follow(2, Backing::Small);
+    }
+}
+
+#[test]
+fn a_tracked_snapshot_of_huge_pages_is_the_memory_of_its_pause() {
+    let test = "a_tracked_snapshot_of_huge_pages_is_the_memory_of_its_pause";
+    if has_kvm(test)
+        && let Some(_pool) = HugePages::more(test, 8)
+    {
+        follow(2, Backing::Huge2M);
     }
 }

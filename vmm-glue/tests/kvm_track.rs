@@ -11,13 +11,15 @@ mod common;
 use std::time::Duration;
 
 use common::copy::Copy;
+use common::huge::HugePages;
 use common::{Home, has_kvm};
 use lazyvm_server::port::SourceMachine;
 use lazyvm_vmm_glue::kvm::{RemoteMachine, TouchConfig};
+use lazyvm_wire::Backing;
 
-fn follow(cpus: u32) {
+fn follow(cpus: u32, backing: Backing) {
     let home = Home::new();
-    let running = home.touch(cpus, TouchConfig::default());
+    let running = home.touch_on(backing, cpus, TouchConfig::default());
     running.wait_ticks(1, cpus.into());
     let remote = RemoteMachine::connect(&running.control).unwrap();
     let pages = remote.layout().pages();
@@ -47,14 +49,24 @@ fn follow(cpus: u32) {
 #[test]
 fn what_a_tracker_reports_is_all_that_is_written() {
     if has_kvm("what_a_tracker_reports_is_all_that_is_written") {
-        follow(1);
+        follow(1, Backing::Small);
     }
 }
 
 #[test]
 fn what_a_tracker_reports_is_all_that_two_vcpus_write() {
     if has_kvm("what_a_tracker_reports_is_all_that_two_vcpus_write") {
-        follow(2);
+        follow(2, Backing::Small);
+    }
+}
+
+#[test]
+fn what_a_tracker_reports_is_all_that_is_written_to_huge_pages() {
+    let test = "what_a_tracker_reports_is_all_that_is_written_to_huge_pages";
+    if has_kvm(test)
+        && let Some(_pool) = HugePages::more(test, 8)
+    {
+        follow(2, Backing::Huge2M);
     }
 }
 

@@ -20,6 +20,7 @@
 
 use bitvec::prelude::{BitSlice, BitVec, Lsb0};
 
+use crate::layout::{Backing, Layout};
 use crate::page::{IMAGE_PAGES_MAX, PageIndex, PageRange};
 
 /// Pages in a block of the encoding: 128 MiB.
@@ -92,6 +93,34 @@ impl PageMap {
         let range = range.intersect(PageRange::new(PageIndex(0), self.pages()));
         if !range.is_empty() {
             self.bits[range.first.as_usize()..range.end().as_usize()].fill(true);
+        }
+    }
+
+    /// Marks pages as zero. What is past the image is left out.
+    pub fn set_zero(&mut self, range: PageRange) {
+        let range = range.intersect(PageRange::new(PageIndex(0), self.pages()));
+        if !range.is_empty() {
+            self.bits[range.first.as_usize()..range.end().as_usize()].fill(false);
+        }
+    }
+
+    /// Marks a huge page as data where any of its pages is: it is sent and put in place as a whole. The map is one of this
+    /// layout's image.
+    pub fn round_to_units(&mut self, layout: &Layout) {
+        for (number, region) in layout.regions().iter().enumerate() {
+            let huge = region.backing != Backing::Small;
+            let range = layout.region_range(number).filter(|_| huge);
+            let bits = range.and_then(|range| {
+                let bits = range.first.as_usize()..range.end().as_usize();
+                self.bits.get_mut(bits)
+            });
+            for unit in bits
+                .into_iter()
+                .flat_map(|bits| bits.chunks_mut(region.backing.pages() as usize))
+            {
+                let any = unit.any();
+                unit.fill(any);
+            }
         }
     }
 

@@ -6,6 +6,8 @@
 //! written over an earlier one's. The switchover says of which round the copy is that has not changed at the source since.
 //! Where that one is here, the page is *held*, and a touch maps it. Where it is still on its way, it is put in place like
 //! any other when it comes. All others are stale, and what comes for them later is written over them.
+//!
+//! A huge page comes, holds and goes stale as a whole: nothing is taken in that has less of it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bitvec::prelude::{BitVec, Lsb0};
-use lazyvm_wire::{Backing, Layout, PageIndex, PageMap, PageRange};
+use lazyvm_wire::{Layout, PageIndex, PageMap, PageRange};
 
 pub use order::{ORDER_PAGES_MAX, VirtualOrder};
 pub use policy::Policy;
@@ -88,10 +88,12 @@ impl PushScheduler {
     ///
     /// The map is one of this layout's image: its length is the layout's.
     pub fn new(map: &PageMap, layout: Layout) -> Self {
-        let mut scheduler = Self {
+        let mut map = map.clone();
+        map.round_to_units(&layout);
+        Self {
             unsent: map.bits().to_bitvec(),
             layout,
-            remaining: 0,
+            remaining: map.data_pages(),
             windows: Windows::default(),
             neighbours: Neighbours::default(),
             order: Arc::default(),
@@ -100,24 +102,6 @@ impl PushScheduler {
             lead_pages: 0,
             window_pages: 0,
             cursor: 0,
-        };
-        scheduler.round_to_units();
-        scheduler.remaining = scheduler.unsent.count_ones() as u64;
-        scheduler
-    }
-
-    fn round_to_units(&mut self) {
-        for (number, region) in self.layout.regions().iter().enumerate() {
-            let Some(range) = self.layout.region_range(number) else {
-                continue;
-            };
-            if region.backing != Backing::Small {
-                let bits = &mut self.unsent[range.first.as_usize()..range.end().as_usize()];
-                for unit in bits.chunks_mut(region.backing.pages() as usize) {
-                    let any = unit.any();
-                    unit.fill(any);
-                }
-            }
         }
     }
 

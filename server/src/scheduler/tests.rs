@@ -1,4 +1,4 @@
-use lazyvm_wire::Region;
+use lazyvm_wire::{Backing, Region};
 use proptest::prelude::*;
 
 use super::*;

@@ -6,6 +6,7 @@ use lazyvm_quic::describe;
 use lazyvm_wire::{PageIndex, PageRange};
 
 use super::{Session, lock};
+use crate::early::Outgoing;
 use crate::handover::Phase;
 
 /// What was written since the last time.
@@ -89,7 +90,7 @@ impl Session {
 
     /// These pages are to be sent before the pause.
     pub fn queue_early(&self, ranges: impl IntoIterator<Item = PageRange>) {
-        lock(&self.early).queue(self.config.machine.layout(), ranges);
+        lock(&self.early).queue(ranges);
         self.push_wake.notify_waiters();
     }
 
@@ -98,8 +99,8 @@ impl Session {
         lock(&self.early).unqueue();
     }
 
-    /// The next pages that go before the pause, and their round, if any.
-    pub fn next_early(&self) -> Option<(PageRange, u8)> {
+    /// The next pages that go before the pause, if any.
+    pub fn next_early(&self) -> Option<Outgoing> {
         if self.phase() != Phase::Offered {
             return None;
         }

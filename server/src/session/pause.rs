@@ -19,6 +19,9 @@ use crate::trace::Trace;
 pub(crate) struct Paused {
     pub switchover: Arc<Switchover>,
     pub map: Arc<PageMap>,
+    /// Where digests are wanted: the pages that are read for them. What was found zero ahead of the pause is among them, to be
+    /// verified too.
+    pub to_verify: Option<Arc<PageMap>>,
     /// The pages that the destination has already.
     pub held: Arc<PageMap>,
     /// When the machine began to stop.
@@ -46,12 +49,14 @@ impl Session {
         let at = Instant::now();
         let state = machine.pause().map_err(|error| describe(error.as_ref()))?;
         let paused = at.elapsed();
-        let map = self.look_through().inspect_err(|_| self.resume())?;
+        let mut map = self.look_through().inspect_err(|_| self.resume())?;
         let looked = at.elapsed();
+        let verify = self.verify.load(Ordering::Relaxed);
+        let to_verify = verify.then(|| Arc::new(map.clone()));
+        let mut runs = lock(&self.early).held(machine.memory().as_ref(), &mut map);
         self.counters
             .data
             .store(map.data_pages(), Ordering::Relaxed);
-        let mut runs = lock(&self.early).held(machine.memory().as_ref(), &map);
         if let Some(recorder) = &self.config.trace {
             let held = map_of(&map, &runs);
             recorder.paused(Trace::at_pause(&map, &held, state.len() as u64), at);
@@ -79,6 +84,7 @@ impl Session {
         *lock(&self.paused) = Some(Paused {
             switchover: Arc::new(switchover),
             map: Arc::new(map),
+            to_verify,
             held: Arc::new(held),
             at,
         });
@@ -97,8 +103,10 @@ impl Session {
     }
 
     fn page_map(&self) -> Result<PageMap, String> {
-        let mut map = PageMap::zeroed(self.config.machine.layout().pages());
+        let layout = self.config.machine.layout();
+        let mut map = PageMap::zeroed(layout.pages());
         self.find_data(&mut |range| map.set_data(range))?;
+        map.round_to_units(layout);
         Ok(map)
     }
 

@@ -7,7 +7,11 @@
 //! table, and every look goes through all of them; so pages that hold nothing get none, and count as written all the time.
 //!
 //! Writes that do not go by page tables are not seen: those of a device into pages that were pinned before. Neither is a
-//! hole that is punched into the file where pages are clean: Linux keeps their marks, and they read as zeros from then on.
+//! hole that is punched into the file where pages are clean: Linux keeps their marks, and they read as zeros from then on. It
+//! keeps the marks of clean huge pages from the pool when they are dropped, too, private ones included, and of those nothing
+//! tells the holes. So [`WriteWatch::reporting_absent`] has all that is not mapped count as written.
+//!
+//! What is noted is noted of whole huge pages, where the memory is made of them.
 
 mod sys;
 pub(crate) mod unseen;
@@ -100,6 +104,8 @@ struct Watched {
     end: u64,
     /// A bit for each page that was marked at any time.
     marked: BitVec<u64, Lsb0>,
+    /// Whatever is not mapped is reported, each time.
+    reports_absent: bool,
 }
 
 impl Watched {
@@ -162,6 +168,7 @@ impl WriteWatch {
                 start,
                 end: start + bytes,
                 marked: BitVec::repeat(false, (bytes >> PAGE_SHIFT) as usize),
+                reports_absent: false,
             });
         }
         for range in &mut watch.ranges {
@@ -175,24 +182,40 @@ impl WriteWatch {
         Ok(watch)
     }
 
-    /// Calls `dirty` with first byte and end of each run that was written or lost its entries since it was last reported;
-    /// from then on it is clean.
+    /// Reports whatever is not mapped, each time, in the ranges of memory that have a byte in these ones (host address, bytes).
+    /// For huge pages that their owner may give back.
+    #[must_use]
+    pub fn reporting_absent(mut self, ranges: &[(u64, u64)]) -> Self {
+        for watched in &mut self.ranges {
+            watched.reports_absent |= ranges
+                .iter()
+                .any(|&(start, bytes)| start < watched.end && start + bytes > watched.start);
+        }
+        self
+    }
+
+    /// Calls `dirty` with first byte and end of each run that was written or lost its entries since it was last reported, some
+    /// more than once; from then on it is clean.
     ///
     /// # Errors
     /// [`DirtyError`]. Any page may then have been written.
     pub fn collect(&mut self, dirty: &mut dyn FnMut(u64, u64)) -> Result<(), DirtyError> {
         for range in &mut self.ranges {
-            let (start, end) = (range.start, range.end);
-            let found = scan_in_parts(&self.pagemap, start, end)
-                .map_err(|source| DirtyError::Scan { start, source })?;
+            let found = scan_in_parts(&self.pagemap, range).map_err(|source| DirtyError::Scan {
+                start: range.start,
+                source,
+            })?;
             for part in found {
                 for (from, to) in part.written {
                     let bits = range.bits(from, to);
                     range.marked[bits].fill(true);
                     dirty(from, to);
                 }
-                for (from, to) in part.gaps {
+                for (from, to) in part.unmarked {
                     range.mark_again(self.uffd.as_fd(), from, to)?;
+                    dirty(from, to);
+                }
+                for (from, to) in part.absent {
                     dirty(from, to);
                 }
             }
@@ -207,24 +230,27 @@ struct Scanned {
     /// Runs that were written, and are marked again.
     written: Vec<(u64, u64)>,
     /// Runs without an entry, which may have been written and have lost their marks.
-    gaps: Vec<(u64, u64)>,
+    unmarked: Vec<(u64, u64)>,
+    /// Runs that are not mapped, where those were asked for.
+    absent: Vec<(u64, u64)>,
 }
 
 /// Scans a range with as many threads as pay: the last scan of a move is made while its machine stands still.
-fn scan_in_parts(pagemap: &File, start: u64, end: u64) -> Result<Vec<Scanned>, Errno> {
+fn scan_in_parts(pagemap: &File, range: &Watched) -> Result<Vec<Scanned>, Errno> {
+    let (start, end, absent) = (range.start, range.end, range.reports_absent);
     let cores = thread::available_parallelism().map_or(1, NonZero::get) as u64;
     let count = ((end - start) / PART_BYTES).clamp(1, cores.min(PARTS_MAX));
+    if count == 1 {
+        return Ok(vec![scan_part(pagemap, start, end, absent)?]);
+    }
     let bytes = ((end - start) / count).next_multiple_of(PART_ALIGN);
     let parts = (0..count).map(|number| {
         let from = start + number * bytes;
         (from.min(end), (from + bytes).min(end))
     });
-    if count == 1 {
-        return Ok(vec![scan_part(pagemap, start, end)?]);
-    }
     thread::scope(|scope| {
         let threads: Vec<_> = parts
-            .map(|(from, to)| scope.spawn(move || scan_part(pagemap, from, to)))
+            .map(|(from, to)| scope.spawn(move || scan_part(pagemap, from, to, absent)))
             .collect();
         threads
             .into_iter()
@@ -233,24 +259,42 @@ fn scan_in_parts(pagemap: &File, start: u64, end: u64) -> Result<Vec<Scanned>, E
     })
 }
 
-/// Scans a part. What has no entry is looked for last: a page that loses its entry in between, and its mark with it, is
-/// found there.
-fn scan_part(pagemap: &File, start: u64, end: u64) -> Result<Scanned, Errno> {
+/// Scans a part. What has no entry is looked for after what was written: a page that loses its entry in between, and its mark
+/// with it, is found there.
+fn scan_part(pagemap: &File, start: u64, end: u64, absent: bool) -> Result<Scanned, Errno> {
     let mut found = Scanned::default();
     scan(pagemap, Pages::Written, start, end, &mut |from, to| {
         found.written.push((from, to));
     })?;
+    found.unmarked = gaps(start, end, |each| {
+        scan(pagemap, Pages::WithEntry, start, end, each)
+    })?;
+    if absent {
+        found.absent = gaps(start, end, |each| {
+            scan(pagemap, Pages::Mapped, start, end, each)
+        })?;
+    }
+    Ok(found)
+}
+
+/// What is between the runs that `scan` tells, ascending.
+fn gaps(
+    start: u64,
+    end: u64,
+    scan: impl FnOnce(&mut dyn FnMut(u64, u64)) -> Result<(), Errno>,
+) -> Result<Vec<(u64, u64)>, Errno> {
+    let mut gaps = Vec::new();
     let mut covered = start;
-    scan(pagemap, Pages::WithEntry, start, end, &mut |from, to| {
+    scan(&mut |from, to| {
         if from > covered {
-            found.gaps.push((covered, from));
+            gaps.push((covered, from));
         }
         covered = covered.max(to);
     })?;
     if covered < end {
-        found.gaps.push((covered, end));
+        gaps.push((covered, end));
     }
-    Ok(found)
+    Ok(gaps)
 }
 
 /// Parts, ascending, those with little between them as one.

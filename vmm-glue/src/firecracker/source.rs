@@ -339,11 +339,15 @@ impl SourceMachine for FirecrackerMachine {
     }
 
     /// There is one where the memory is read from the process: what Firecracker writes to a file is there at the pause only.
-    /// Huge pages go at the pause only.
     fn tracker(&self) -> Option<Box<dyn DirtyTracker>> {
-        let guest = self.guest.as_ref().filter(|_| !self.huge_pages)?;
-        let (guest, memory) = (Arc::clone(guest), Arc::clone(&self.memory));
-        Some(Box::new(Tracker::new(self.process.clone(), guest, memory)))
+        let (guest, memory) = (Arc::clone(self.guest.as_ref()?), Arc::clone(&self.memory));
+        let backing = if self.huge_pages {
+            Backing::Huge2M
+        } else {
+            Backing::Small
+        };
+        let process = self.process.clone();
+        Some(Box::new(Tracker::new(process, guest, memory, backing)))
     }
 
     fn pause(&self) -> Result<Vec<u8>, MachineError> {

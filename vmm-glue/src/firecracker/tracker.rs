@@ -5,7 +5,7 @@
 //! no drive is opened with `O_DIRECT`; it registers no buffers there. KVM writes by page tables that follow the process's.
 //! vhost-user drives write from another process, and need shared memory for that (`src/vmm/src/resources.rs`), so only
 //! memory that nobody else can have mapped is watched. A balloon gives memory back with `MADV_DONTNEED`, which counts as
-//! a write. After a restore from a file it maps new memory instead, which the next scan refuses, since that is not watched.
+//! a write; of huge pages, for which the kernel does not see that, whatever is not there does. After a restore from a file it maps new memory instead, which the next scan refuses, since that is not watched.
 //!
 //! Saving the state writes to the guest's memory too (`prepare_save` of the devices). Firecracker is held after that, so the
 //! last look sees it.
@@ -13,7 +13,7 @@
 use std::sync::Arc;
 
 use lazyvm_server::port::{DirtyTracker, MachineError};
-use lazyvm_wire::{PAGE_SHIFT, PageRange};
+use lazyvm_wire::{Backing, PAGE_SHIFT, PageRange};
 
 use super::guest::{Guest, ProcessMemory};
 use super::process::PeerProcess;
@@ -52,6 +52,7 @@ pub(super) struct Tracker {
     peer: PeerProcess,
     guest: Arc<Guest>,
     memory: Arc<ServedMemory>,
+    backing: Backing,
     watched: Option<Watched>,
 }
 
@@ -62,11 +63,17 @@ struct Watched {
 
 impl Tracker {
     /// While it notes writes, the running machine's memory can be read as `memory`.
-    pub fn new(peer: PeerProcess, guest: Arc<Guest>, memory: Arc<ServedMemory>) -> Self {
+    pub fn new(
+        peer: PeerProcess,
+        guest: Arc<Guest>,
+        memory: Arc<ServedMemory>,
+        backing: Backing,
+    ) -> Self {
         Self {
             peer,
             guest,
             memory,
+            backing,
             watched: None,
         }
     }
@@ -80,7 +87,10 @@ impl Tracker {
         check(&process, &self.guest, TrackError::NotPrivate)?;
         let ranges: Vec<_> = self.guest.ranges().collect();
         let data = self.guest.data()?;
-        let watch = WriteWatch::start(&process, &ranges, &data)?;
+        let mut watch = WriteWatch::start(&process, &ranges, &data)?;
+        if self.backing == Backing::Huge2M {
+            watch = watch.reporting_absent(&ranges);
+        }
         check(&process, &self.guest, TrackError::Changed)?;
         Ok(Watched { process, watch })
     }

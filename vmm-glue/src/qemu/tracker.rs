@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use lazyvm_server::port::{DirtyTracker, MachineError, SourceMemory};
-use lazyvm_wire::{Gpa, Layout, PAGE_SHIFT, PageIndex, PageRange};
+use lazyvm_wire::{Backing, Gpa, Layout, PAGE_SHIFT, PageIndex, PageRange};
 use nix::libc;
 
 use super::memory::RamRegion;
@@ -73,7 +73,8 @@ impl QemuTracker {
     }
 
     /// Reports all holes of the memory too, whenever writes are asked for: for a guest that gives memory back, since the kernel
-    /// reports no write for a page that becomes a hole. That takes a walk through all of it.
+    /// reports no write for a page that becomes a hole. That takes a walk through all of it. Of huge pages, whose file does
+    /// not tell its holes, those are reported that are not mapped.
     pub fn with_holes(self) -> Self {
         Self {
             reports_holes: true,
@@ -150,6 +151,13 @@ impl QemuTracker {
         Ok(parts)
     }
 
+    /// Where the guest has its huge pages.
+    fn huge(&self) -> Vec<(u64, u64)> {
+        let huge = |region: &&RamRegion| region.backing == Backing::Huge2M;
+        let place = |region: &RamRegion| (region.host, region.bytes);
+        self.regions.iter().filter(huge).map(place).collect()
+    }
+
     /// Before a scan, so that it is known what is scanned, and after it: what has come meanwhile may have written already.
     fn check(&self) -> Result<(), MachineError> {
         let pid = self.process.pid();
@@ -202,7 +210,10 @@ impl DirtyTracker for QemuTracker {
             .iter()
             .map(|piece| (piece.host, piece.bytes))
             .collect();
-        let watch = WriteWatch::start(&self.process, &ranges, &self.data()?)?;
+        let mut watch = WriteWatch::start(&self.process, &ranges, &self.data()?)?;
+        if self.reports_holes {
+            watch = watch.reporting_absent(&self.huge());
+        }
         self.check()?;
         self.check_others()?;
         self.watch = Some(watch);

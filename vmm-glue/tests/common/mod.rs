@@ -65,10 +65,15 @@ impl Home {
 
     /// A machine of 16 MiB with the touch payload.
     pub fn touch(&self, cpus: u32, touch: TouchConfig) -> Running {
+        self.touch_on(Backing::Small, cpus, touch)
+    }
+
+    /// The same with memory of these pages.
+    pub fn touch_on(&self, backing: Backing, cpus: u32, touch: TouchConfig) -> Running {
         self.boot(MachineConfig {
             payload: Payload::Touch(touch),
             memory_bytes: 16 << 20,
-            backing: Backing::Small,
+            backing,
             cpus,
             serial: SerialTarget::File(self.path("serial")),
             control: self.path("control"),

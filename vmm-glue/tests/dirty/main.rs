@@ -22,13 +22,13 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use lazyvm_vmm_glue::attach::Process;
 use lazyvm_vmm_glue::dirty::WriteWatch;
 
+use common::huge::HugePages;
 use memory::{Kind, Memory};
 
-const PAGES: u64 = (4 * memory::HUGE / 4096) as u64;
 const CHILD: &str = "LAZYVM_TEST_DIRTY";
 
-fn the_other_process() {
-    let memory = Memory::new(Kind::Memfd);
+fn the_other_process(kind: &str) {
+    let memory = Memory::new(Kind::parse(kind));
     println!("{}", memory.mapped.address());
     for line in std::io::stdin().lines() {
         let line = line.unwrap();
@@ -36,6 +36,7 @@ fn the_other_process() {
         match line.split_once(' ') {
             Some(("write", page)) => memory.mapped.store(at(page), 1),
             Some(("read", page)) => drop(memory.mapped.load(at(page))),
+            Some(("give", page)) => memory.give_back(at(page), memory.kind.unit()),
             _ => memory.unmap(0, memory.kind.bytes()),
         }
         println!("done");
@@ -51,9 +52,9 @@ struct Other {
 }
 
 impl Other {
-    fn start() -> Self {
+    fn start(kind: Kind) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .env(CHILD, "1")
+            .env(CHILD, format!("{kind:?}"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -64,7 +65,7 @@ impl Other {
         from.read_line(&mut line).unwrap();
         let address = line.trim().parse().unwrap();
         let process = Process::open(child.id() as i32).unwrap();
-        let ranges = [(address, PAGES * 4096)];
+        let ranges = [(address, kind.bytes() as u64)];
         let watch = WriteWatch::start(&process, &ranges, &ranges).unwrap();
         Self {
             child,
@@ -98,7 +99,7 @@ impl Other {
 fn main() {
     match std::env::var(CHILD) {
         Ok(words) if words.contains(' ') => return writer::run(&words),
-        Ok(_) => return the_other_process(),
+        Ok(kind) => return the_other_process(&kind),
         Err(_) => {}
     }
     if !nix::unistd::geteuid().is_root() {
@@ -108,12 +109,14 @@ fn main() {
         );
     }
     deed_by_deed();
+    huge_pages_that_are_given_back();
     model::run();
     println!("dirty: ok");
 }
 
 fn deed_by_deed() {
-    let mut other = Other::start();
+    let mut other = Other::start(Kind::Memfd);
+    let pages = (Kind::Memfd.bytes() / 4096) as u64;
     assert!(other.collect().is_empty(), "all is clean at the start");
     other.tell("read 3");
     assert!(other.collect().is_empty(), "a read is no write");
@@ -124,11 +127,11 @@ fn deed_by_deed() {
     other.tell("drop");
     other.tell("write 9");
     assert!(other.collect().contains(&9), "marks outlive their entries");
-    for page in 0..PAGES {
+    for page in 0..pages {
         other.tell(&format!("write {page}"));
     }
     other.tell("drop");
-    let all: BTreeSet<_> = (0..PAGES).collect();
+    let all: BTreeSet<_> = (0..pages).collect();
     assert_eq!(other.collect(), all, "written, and the entries dropped");
     assert!(other.collect().is_empty());
     other.tell("write 11");
@@ -137,6 +140,41 @@ fn deed_by_deed() {
     assert!(other.collect().contains(&11));
     other.watch = None;
     other.tell("write 1");
-    other.child.kill().unwrap();
-    other.child.wait().unwrap();
+}
+
+/// The kernel keeps the marks of what was clean, so that only its being away shows.
+fn huge_pages_that_are_given_back() {
+    let test = "huge_pages_that_are_given_back";
+    let unit: BTreeSet<_> = (512..1024).collect();
+    for kind in [Kind::Huge, Kind::HugePrivate] {
+        let Some(_pool) = HugePages::more(test, (kind.bytes() / memory::HUGE) as u64) else {
+            continue;
+        };
+        let mut other = Other::start(kind);
+        for at in (0..kind.bytes()).step_by(memory::HUGE) {
+            other.tell(&format!("write {}", at / 4096));
+        }
+        let range = (other.address, kind.bytes() as u64);
+        other.watch = other
+            .watch
+            .take()
+            .map(|watch| watch.reporting_absent(&[range]));
+        other.collect();
+        assert!(other.collect().is_empty(), "all is there, and clean");
+        other.tell("write 700");
+        assert_eq!(other.collect(), unit, "a huge page is written as a whole");
+        other.tell("give 512");
+        assert_eq!(other.collect(), unit, "{kind:?}: one was given back");
+        assert_eq!(other.collect(), unit, "for as long as it is away");
+        other.tell("write 1000");
+        assert_eq!(other.collect(), unit);
+        assert!(other.collect().is_empty());
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }

@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use crate::sys::Mapped;
+use crate::sys::{Mapped, Private};
 
 pub const HUGE: usize = 2 << 20;
 
@@ -19,15 +20,18 @@ pub enum Kind {
     Transparent,
     /// A memfd of huge pages from the pool.
     Huge,
+    /// Private, and of huge pages from the pool.
+    HugePrivate,
 }
 
 impl Kind {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Memfd,
         Self::Tmpfs,
         Self::Anonymous,
         Self::Transparent,
         Self::Huge,
+        Self::HugePrivate,
     ];
 
     pub fn parse(name: &str) -> Self {
@@ -36,16 +40,26 @@ impl Kind {
     }
 
     pub fn is_shared(self) -> bool {
-        !matches!(self, Self::Anonymous | Self::Transparent)
+        matches!(self, Self::Memfd | Self::Tmpfs | Self::Huge)
+    }
+
+    /// Whether its pages are huge and from the pool.
+    pub fn is_huge(self) -> bool {
+        matches!(self, Self::Huge | Self::HugePrivate)
     }
 
     /// The least that can be unmapped.
     pub fn unit(self) -> usize {
-        if self == Self::Huge { HUGE } else { 4096 }
+        if self.is_huge() { HUGE } else { 4096 }
     }
 
     pub fn bytes(self) -> usize {
-        4 * HUGE
+        if self.is_huge() { 16 * HUGE } else { 4 * HUGE }
+    }
+
+    /// How long a writer waits between two deeds: else there would be no huge page that is clean.
+    pub fn pace(self) -> Duration {
+        Duration::from_millis(if self.is_huge() { 3 } else { 0 })
     }
 }
 
@@ -62,12 +76,17 @@ impl Memory {
             Kind::Memfd => Some(memfd(MFdFlags::MFD_CLOEXEC)),
             Kind::Huge => Some(memfd(MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB)),
             Kind::Tmpfs => Some(tempfile::tempfile_in("/dev/shm").unwrap()),
-            Kind::Anonymous | Kind::Transparent => None,
+            Kind::Anonymous | Kind::Transparent | Kind::HugePrivate => None,
         };
         if let Some(file) = &file {
             file.set_len(kind.bytes() as u64).unwrap();
         }
-        let mapped = Mapped::new(kind.bytes(), file.as_ref(), kind == Kind::Transparent);
+        let private = match kind {
+            Kind::Transparent => Private::Transparent,
+            Kind::HugePrivate => Private::Huge,
+            _ => Private::Small,
+        };
+        let mapped = Mapped::new(kind.bytes(), file.as_ref(), private);
         Self { kind, mapped, file }
     }
 
@@ -75,6 +94,11 @@ impl Memory {
     pub fn unmap(&self, at: usize, bytes: usize) {
         assert!(self.kind.is_shared());
         self.mapped.drop_entries(at, bytes);
+    }
+
+    /// Gives memory back: it is zero from then on.
+    pub fn give_back(&self, at: usize, bytes: usize) {
+        self.mapped.give_back(at, bytes, self.kind.is_shared());
     }
 
     /// The number of the file's descriptor, -1 without one.

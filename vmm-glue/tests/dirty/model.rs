@@ -27,10 +27,12 @@ pub fn run() {
         let test = format!("the model with {kind:?} memory");
         let _pool = match kind {
             // Those of the memory, and as many again for what is given back and taken anew.
-            Kind::Huge => match HugePages::more(&test, 2 * (kind.bytes() / HUGE) as u64) {
-                Some(pool) => Some(pool),
-                None => continue,
-            },
+            Kind::Huge | Kind::HugePrivate => {
+                match HugePages::more(&test, 2 * (kind.bytes() / HUGE) as u64) {
+                    Some(pool) => Some(pool),
+                    None => continue,
+                }
+            }
             _ => None,
         };
         for seed in 0..SEEDS {
@@ -62,7 +64,7 @@ fn follow(kind: Kind, seed: u64, test: &str) {
     let running = AtomicBool::new(true);
     let mut reported = 0;
     std::thread::scope(|scope| {
-        let outside = scope.spawn(|| write_from_outside(&written.remote(), &running, seed));
+        let outside = scope.spawn(|| write_from_outside(&written, &running, seed));
         for _ in 0..COLLECTS {
             std::thread::sleep(Duration::from_millis(random.below(12) as u64));
             reported += copy.collect(&mut watch);
@@ -87,8 +89,9 @@ fn follow(kind: Kind, seed: u64, test: &str) {
 }
 
 /// As a debugger writes, until told otherwise; gives how often.
-fn write_from_outside(remote: &(Pid, usize, usize), running: &AtomicBool, seed: u64) -> u64 {
-    let &(pid, base, bytes) = remote;
+fn write_from_outside(written: &Written, running: &AtomicBool, seed: u64) -> u64 {
+    let (pid, base, bytes) = written.remote();
+    let pause = written.kind.pace().max(Duration::from_micros(200));
     let mut random = Random::new(seed ^ 0xffff);
     let mut count = 0;
     while running.load(Ordering::Relaxed) {
@@ -100,7 +103,7 @@ fn write_from_outside(remote: &(Pid, usize, usize), running: &AtomicBool, seed: 
         let done = process_vm_writev(pid, &[IoSlice::new(&data)], &[to]).unwrap();
         assert_eq!(done, data.len());
         count += 1;
-        std::thread::sleep(Duration::from_micros(200));
+        std::thread::sleep(pause);
     }
     count
 }

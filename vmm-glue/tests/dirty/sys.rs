@@ -10,6 +10,16 @@ use nix::libc;
 
 use crate::memory::HUGE;
 
+/// Of what private memory is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Private {
+    Small,
+    /// Of huge pages where the kernel has them.
+    Transparent,
+    /// Of huge pages from the pool.
+    Huge,
+}
+
 /// Memory that stays mapped for as long as the process.
 pub struct Mapped {
     address: *mut u8,
@@ -23,11 +33,14 @@ unsafe impl Sync for Mapped {}
 
 impl Mapped {
     /// `bytes` of a file, shared; without one, private.
-    pub fn new(bytes: usize, file: Option<&File>, transparent: bool) -> Self {
+    pub fn new(bytes: usize, file: Option<&File>, private: Private) -> Self {
+        let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let (flags, fd) = match file {
             Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
-            None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+            None if private == Private::Huge => (anonymous | libc::MAP_HUGETLB, -1),
+            None => (anonymous, -1),
         };
+        let transparent = private == Private::Transparent;
         // A huge page begins at a whole multiple of its size.
         let room = if transparent { bytes + HUGE } else { bytes };
         let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -41,7 +54,7 @@ impl Mapped {
         } else {
             libc::MADV_NOHUGEPAGE
         };
-        if file.is_none() {
+        if file.is_none() && private != Private::Huge {
             // SAFETY: within the mapping; no byte of it changes.
             let result = unsafe { libc::madvise(address.cast(), bytes, advice) };
             assert_eq!(result, 0);
@@ -85,6 +98,19 @@ impl Mapped {
             assert!(count > 0, "{}", std::io::Error::last_os_error());
             done += count as usize;
         }
+    }
+
+    /// Whole pages, which are zero from then on.
+    pub fn give_back(&self, at: usize, bytes: usize, shared: bool) {
+        assert!(at + bytes <= self.bytes);
+        let advice = if shared {
+            libc::MADV_REMOVE
+        } else {
+            libc::MADV_DONTNEED
+        };
+        // SAFETY: in the mapping, whose bytes Rust reads and writes by atomics only.
+        let result = unsafe { libc::madvise(self.address.add(at).cast(), bytes, advice) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     }
 
     /// Of shared memory only: the contents stay in the file.

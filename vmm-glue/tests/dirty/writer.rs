@@ -21,11 +21,15 @@ pub fn run(words: &str) {
     let mut pause = Some(turn.write().unwrap());
     for number in 0..WRITERS {
         let (memory, turn) = (Arc::clone(&memory), Arc::clone(&turn));
+        let pace = memory.kind.pace();
         let mut writer = Writer::new(memory, seed.parse::<u64>().unwrap() * WRITERS + number);
         std::thread::spawn(move || {
             loop {
-                let _turn = turn.read().unwrap();
-                writer.do_something();
+                {
+                    let _turn = turn.read().unwrap();
+                    writer.do_something();
+                }
+                std::thread::sleep(pace);
             }
         });
     }
@@ -85,14 +89,31 @@ impl Writer {
                 let from = self.random.below((1 << 16) - length);
                 mapped.read_exactly(&self.file, Some(from as i64), at, length);
             }
-            _ if !kind.is_shared() => {}
+            _ if !kind.is_shared() && !kind.is_huge() => {}
             _ => {
                 let unit = kind.unit();
                 let units = kind.bytes() / unit;
                 let first = self.random.below(units);
                 let count = 1 + self.random.below(units - first);
-                self.memory.unmap(first * unit, count * unit);
+                if kind.is_shared() && self.random.below(2) == 0 {
+                    self.memory.unmap(first * unit, count * unit);
+                } else if kind.is_huge() {
+                    self.give_back(first * unit, count * unit);
+                }
             }
+        }
+    }
+}
+
+impl Writer {
+    /// Huge pages, of which the next owner writes something.
+    fn give_back(&mut self, at: usize, bytes: usize) {
+        self.memory.give_back(at, bytes);
+        for page in (at..at + bytes).step_by(self.memory.kind.unit()) {
+            let word = self.random.below(self.memory.kind.unit() / 8);
+            self.memory
+                .mapped
+                .store(page + 8 * word, self.random.next());
         }
     }
 }

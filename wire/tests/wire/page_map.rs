@@ -3,7 +3,8 @@
 use bitvec::prelude::{BitVec, Lsb0};
 use lazyvm_wire::control::switchover_max;
 use lazyvm_wire::{
-    IMAGE_PAGES_MAX, PAGE_MAP_BYTES_MAX, PageIndex, PageMap, PageMapError, PageRange, STATE_MAX,
+    Backing, Gpa, IMAGE_PAGES_MAX, Layout, PAGE_MAP_BYTES_MAX, PageIndex, PageMap, PageMapError,
+    PageRange, Region, STATE_MAX,
 };
 use proptest::prelude::*;
 
@@ -213,4 +214,46 @@ fn a_block_of_runs_is_never_longer_than_its_bits() {
     assert_eq!((longest[0], longest.len()), (2, 4096));
     let bits = with_runs(4093);
     assert_eq!((bits[0], bits.len()), (3, 4097));
+}
+
+proptest! {
+    /// Of a huge page, all or nothing is data; what is taken from a map is no data, and nothing else changes.
+    #[test]
+    fn a_map_goes_by_whole_units_and_forgets(
+        data in prop::collection::vec((0..1400_u64, 1..80_u64), 0..12),
+        zero in prop::collection::vec((0..1400_u64, 1..80_u64), 0..12),
+    ) {
+        let region = |gpa, pages, backing| Region {
+            name: String::new(),
+            gpa: Some(Gpa(gpa)),
+            pages,
+            backing,
+        };
+        let regions = vec![
+            region(0, 100, Backing::Small),
+            region(1 << 30, 1024, Backing::Huge2M),
+            region(2 << 30, 50, Backing::Small),
+        ];
+        let layout = Layout::new(regions).unwrap();
+        let mut map = PageMap::zeroed(layout.pages());
+        let mut expected = vec![false; layout.pages() as usize];
+        let mut set = |ranges: &[(u64, u64)], value| {
+            for page in ranges.iter().flat_map(|&(first, count)| range(first, count).pages()) {
+                if let Some(bit) = expected.get_mut(page.as_usize()) {
+                    *bit = value;
+                }
+            }
+        };
+        data.iter().for_each(|&(first, count)| map.set_data(range(first, count)));
+        set(&data, true);
+        zero.iter().for_each(|&(first, count)| map.set_zero(range(first, count)));
+        set(&zero, false);
+        prop_assert_eq!(map.bits().iter().by_vals().collect::<Vec<_>>(), expected.clone());
+        map.round_to_units(&layout);
+        for page in layout.range().pages() {
+            let mut unit = layout.unit_of(page).unwrap().pages();
+            let any = unit.any(|page| expected[page.as_usize()]);
+            prop_assert_eq!(map.bits()[page.as_usize()], any, "{}", page);
+        }
+    }
 }
