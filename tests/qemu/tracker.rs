@@ -71,7 +71,11 @@ fn what_a_tracker_reports_is_all_that_is_written() {
     let last = copy.collect(&mut *tracker);
     copy.assert_is(&ram);
     // What the balloon has left as holes is told again.
-    assert_eq!(copy.collect(&mut *tracker), 0, "nobody writes any more");
+    // So is what the kernel has mapped around a page that QEMU itself has read meanwhile.
+    assert!(
+        (0..5).any(|_| copy.collect(&mut *tracker) == 0),
+        "nobody writes any more"
+    );
     copy.assert_is(&ram);
     assert!(reported > 0 && last < source.layout().pages());
     eprintln!("{test}: {reported} pages reported while the guest ran, {last} after the pause");
