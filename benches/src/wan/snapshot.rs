@@ -17,7 +17,8 @@ use super::{Setup, WanError, figures};
 /// How long a snapshot may take.
 const SNAPSHOT_WITHIN: Duration = Duration::from_secs(300);
 
-/// What the line of a snapshot's log says of its pause.
+/// The line of a snapshot's log that says how long the guest stood still in all, and what stands before the figure.
+const COMPLETE: &str = "the snapshot is complete";
 const PAUSE: &str = "pause_us=";
 
 /// Two resumes from one snapshot.
@@ -84,7 +85,8 @@ fn take(trial: &Trial<'_>, setup: &Setup) -> Result<u64, WanError> {
     let mut snapshot = trial.start(End::Source, "snapshot", command)?;
     snapshot.wait_for_end("the snapshot", SNAPSHOT_WITHIN)?;
     let log = snapshot.last_words();
-    let told = log.split(PAUSE).nth(1).map(|rest| {
+    let line = log.lines().find(|line| line.contains(COMPLETE));
+    let told = line.and_then(|line| line.split(PAUSE).nth(1)).map(|rest| {
         let end = rest.find(|c: char| !c.is_ascii_digit());
         rest[..end.unwrap_or(rest.len())].parse().ok()
     });
