@@ -25,6 +25,10 @@ const KERNEL_IMAGE: std::ops::Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c0
 /// Larger pages than this are the kernel's view of all memory, whatever they allow, or have physical order by themselves.
 const CODE_PAGE_MAX: u64 = 2 << 20;
 
+/// Most pages that count as the kernel's own because no program has them mapped: 16 MiB. More of them are a program's whose
+/// page tables were not found.
+const KERNEL_PAGES_MAX: usize = 4096;
+
 /// What else is known of the machine.
 #[derive(Clone, Copy, Default)]
 pub struct Known<'a> {
@@ -72,11 +76,15 @@ pub fn resume_set(
     }
     processor.extend(trees.kernel_data.iter());
     processor.extend(known.rings.iter().flat_map(|ring| ring.pages()));
+    processor.extend(pointed.code);
     let (hot, cold) = split(memory.pages(0, LOW_MEMORY), known.hot);
     processor.extend(hot.into_iter().chain(cold));
+    // The kernel uses little of its own, and whoever runs waits for it.
+    let used = known.hot.into_iter().flat_map(PageSet::iter);
+    let kernels = used.filter(|&page| !trees.users.contains(page));
+    processor.extend(kernels.take(KERNEL_PAGES_MAX));
 
     let mut code = PageList::new(pages);
-    code.extend(pointed.code);
     for part in [trees.kernel_code, trees.user_code] {
         let (hot, cold) = split(part.iter(), known.hot);
         code.extend(hot.into_iter().chain(cold));
@@ -116,6 +124,8 @@ struct Trees<'a> {
     kernel_data: PageList,
     kernel_code: PageList,
     user_code: PageList,
+    /// All that programs have mapped.
+    users: PageSet,
     order: Vec<PageIndex>,
     in_order: PageSet,
 }
@@ -132,6 +142,7 @@ impl<'a> Trees<'a> {
             kernel_data: list(),
             kernel_code: list(),
             user_code: list(),
+            users: PageSet::new(memory.layout().pages()),
             order: Vec::new(),
             in_order: PageSet::new(memory.layout().pages()),
         }
@@ -182,6 +193,9 @@ impl<'a> Trees<'a> {
         }
         if mapping.bytes <= CODE_PAGE_MAX {
             self.put_in_order(mapping);
+        }
+        for page in self.memory.pages(mapping.gpa, mapping.bytes) {
+            self.users.insert(page);
         }
     }
 
