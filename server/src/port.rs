@@ -119,8 +119,9 @@ pub trait Profile: Send + Sync {
     /// The pages, the first needed first.
     fn lead(&self) -> Vec<PageRange>;
 
-    /// The destination waited for these pages. Called on the fault lane: must not block.
-    fn demanded(&self, range: PageRange);
+    /// The destination waited for these pages, when so many of the lead had gone; `None` when all had. Called on the fault
+    /// lane: must not block.
+    fn demanded(&self, range: PageRange, gone: Option<u64>);
 
     /// The destination has everything: what was heard may be kept. May block.
     fn finished(&self);
