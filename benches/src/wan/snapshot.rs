@@ -7,6 +7,7 @@
 use std::process::Command;
 use std::time::Duration;
 
+use super::clones::{self, Clones};
 use super::emulator::SOURCE;
 use super::guest::{Guest, Images};
 use super::lazyvm::{TICKET_WITHIN, resumed, wait_for_ticket};
@@ -29,6 +30,8 @@ pub struct Resumes {
     pub first: Record,
     /// With that of the first.
     pub profiled: Record,
+    /// Many at once, where that was asked for.
+    pub clones: Option<Clones>,
 }
 
 /// Takes a snapshot of a guest, which ends then, and resumes it twice.
@@ -64,10 +67,13 @@ pub fn run(setup: &Setup, images: Option<&Images>) -> Result<Resumes, WanError> 
         serve.check()?;
         Ok(record)
     };
+    let (first, profiled) = (resume("first")?, resume("profiled")?);
+    let clones = (setup.clones > 1).then(|| clones::run(&trial, setup, &ticket));
     Ok(Resumes {
         pause_us,
-        first: resume("first")?,
-        profiled: resume("profiled")?,
+        first,
+        profiled,
+        clones: clones.transpose()?,
     })
 }
 
