@@ -1,9 +1,9 @@
 //! The endpoint: one UDP port, any number of sessions.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dashmap::DashMap;
 use lazyvm_quic::{
@@ -20,8 +20,8 @@ use tokio::sync::{Notify, Semaphore};
 
 use crate::fleet::{Fleet, FleetConfig};
 use crate::handover::{Event, Phase};
-use crate::paths::Paths;
-use crate::session::{Session, SessionConfig, SessionStatus, lock};
+use crate::paths::{OnPath, Paths};
+use crate::session::{Session, SessionConfig, SessionStatus};
 use crate::{bulk, fault};
 
 /// Most sessions of one endpoint.
@@ -98,7 +98,7 @@ struct Shared {
     /// A destination's fault lane was let in.
     joined: Notify,
     /// What the paths of earlier pushes carried.
-    paths: Mutex<Paths>,
+    paths: Arc<Mutex<Paths>>,
     configs: ServerConfigs,
 }
 
@@ -140,7 +140,7 @@ impl Server {
             fleets: DashMap::new(),
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
             joined: Notify::new(),
-            paths: Mutex::default(),
+            paths: Arc::default(),
             configs: configs.clone(),
         });
         let lane = |lane, config, socket| LaneEndpoint::start(lane, config, socket, shared.clone());
@@ -343,7 +343,7 @@ async fn accept(shared: Arc<Shared>, lane: Lane, endpoint: quinn::Endpoint) {
         let worker = shared.clone();
         tokio::spawn(async move {
             let peer = incoming.remote_address();
-            let on_path = (lane == Lane::Bulk).then(|| OnPath::begin(&worker, peer.ip()));
+            let on_path = (lane == Lane::Bulk).then(|| OnPath::begin(&worker.paths, peer.ip()));
             let greeting = greet(&worker, incoming, on_path.as_ref());
             match tokio::time::timeout(HELLO_TIMEOUT, greeting).await {
                 Ok(Ok(guest)) => {
@@ -404,33 +404,6 @@ impl Shared {
         fleet
             .ok_or(Rejection::WrongSecret)?
             .session_for(hello, peer)
-    }
-}
-
-/// A connection of the bulk lane, as one of those on its path.
-struct OnPath {
-    shared: Arc<Shared>,
-    host: IpAddr,
-    /// Bytes that may be under way for it, as far as known when it began.
-    known: Option<u64>,
-    /// Those that were under way at its end.
-    window: Option<u64>,
-}
-
-impl OnPath {
-    fn begin(shared: &Arc<Shared>, host: IpAddr) -> Self {
-        Self {
-            known: lock(&shared.paths).begin(host, Instant::now()),
-            shared: shared.clone(),
-            host,
-            window: None,
-        }
-    }
-}
-
-impl Drop for OnPath {
-    fn drop(&mut self) {
-        lock(&self.shared.paths).end(self.host, self.window, Instant::now());
     }
 }
 

@@ -3,7 +3,10 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+use crate::session::lock;
 
 /// How long a path is taken for what it was.
 const KNOWN_FOR: Duration = Duration::from_secs(300);
@@ -51,6 +54,33 @@ impl Paths {
         if let Some(window) = window {
             path.window = Some((window.saturating_mul(pushes), now));
         }
+    }
+}
+
+/// One push, from its beginning until it is dropped.
+pub(crate) struct OnPath {
+    paths: Arc<Mutex<Paths>>,
+    host: IpAddr,
+    /// Bytes that may be under way for it, as far as known when it began.
+    pub known: Option<u64>,
+    /// Those that were under way at its end.
+    pub window: Option<u64>,
+}
+
+impl OnPath {
+    pub fn begin(paths: &Arc<Mutex<Paths>>, host: IpAddr) -> Self {
+        Self {
+            known: lock(paths).begin(host, Instant::now()),
+            paths: Arc::clone(paths),
+            host,
+            window: None,
+        }
+    }
+}
+
+impl Drop for OnPath {
+    fn drop(&mut self) {
+        lock(&self.paths).end(self.host, self.window, Instant::now());
     }
 }
 
