@@ -74,6 +74,8 @@ pub(crate) async fn push(session: &Arc<Session>, connection: &Connection) -> Res
         reads: 0,
         packer: Packer::default(),
     };
+    // What goes first is what is waited for, and the path carries least then.
+    pusher.look_at_path();
     loop {
         let woken = session.push_wake.notified();
         tokio::pin!(woken);

@@ -2,13 +2,13 @@
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use dashmap::DashMap;
 use lazyvm_quic::{
-    ControlReceiver, ControlSender, LaneThread, Rival, SetupError, Urgency, close_code,
-    control_stream,
+    ControlReceiver, ControlSender, LaneThread, Rival, ServerConfigs, SetupError, Urgency,
+    close_code, control_stream,
 };
 use lazyvm_wire::control::{HELLO_MAX, Hello, Lane, Rejection, ToDestination};
 use lazyvm_wire::ledger::{SUPPORTED, SWITCHOVER_AHEAD, Version};
@@ -20,6 +20,7 @@ use tokio::sync::{Notify, Semaphore};
 
 use crate::fleet::{Fleet, FleetConfig};
 use crate::handover::{Event, Phase};
+use crate::paths::{OnPath, Paths};
 use crate::session::{Session, SessionConfig, SessionStatus};
 use crate::{bulk, fault};
 
@@ -96,6 +97,9 @@ struct Shared {
     connections: Arc<Semaphore>,
     /// A destination's fault lane was let in.
     joined: Notify,
+    /// What the paths of earlier pushes carried.
+    paths: Arc<Mutex<Paths>>,
+    configs: ServerConfigs,
 }
 
 /// A machine for many destinations, as its owner sees it.
@@ -136,6 +140,8 @@ impl Server {
             fleets: DashMap::new(),
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
             joined: Notify::new(),
+            paths: Arc::default(),
+            configs: configs.clone(),
         });
         let lane = |lane, config, socket| LaneEndpoint::start(lane, config, socket, shared.clone());
         let fault = lane(Lane::Fault, configs.fault, fault_socket)?;
@@ -308,7 +314,9 @@ impl LaneEndpoint {
         )
         .map_err(ServerError::Socket)?;
         drop(context);
-        thread.handle().spawn(accept(shared, endpoint.clone()));
+        thread
+            .handle()
+            .spawn(accept(shared, lane, endpoint.clone()));
         Ok(Self {
             endpoint,
             _thread: thread,
@@ -317,7 +325,7 @@ impl LaneEndpoint {
 }
 
 /// Takes a lane's connections in.
-async fn accept(shared: Arc<Shared>, endpoint: quinn::Endpoint) {
+async fn accept(shared: Arc<Shared>, lane: Lane, endpoint: quinn::Endpoint) {
     while let Some(incoming) = endpoint.accept().await {
         let used = CONNECTIONS_MAX - shared.connections.available_permits();
         let fleets = shared.fleets.iter().map(|fleet| fleet.len()).sum::<usize>();
@@ -335,8 +343,16 @@ async fn accept(shared: Arc<Shared>, endpoint: quinn::Endpoint) {
         let worker = shared.clone();
         tokio::spawn(async move {
             let peer = incoming.remote_address();
-            match tokio::time::timeout(HELLO_TIMEOUT, greet(&worker, incoming)).await {
-                Ok(Ok(guest)) => guest.serve().await,
+            let on_path = (lane == Lane::Bulk).then(|| OnPath::begin(&worker.paths, peer.ip()));
+            let greeting = greet(&worker, incoming, on_path.as_ref());
+            match tokio::time::timeout(HELLO_TIMEOUT, greeting).await {
+                Ok(Ok(guest)) => {
+                    let connection = guest.connection.clone();
+                    guest.serve().await;
+                    if let Some(mut on_path) = on_path {
+                        on_path.window = Some(connection.stats().path.cwnd);
+                    }
+                }
                 Ok(Err(reason)) => tracing::warn!(%peer, "refused: {reason}"),
                 Err(_) => tracing::warn!(%peer, "refused: no hello in time"),
             }
@@ -402,10 +418,21 @@ struct Guest {
 }
 
 /// Ends the handshake, hears the hello, and lets the peer in or tells it why not.
-async fn greet(shared: &Shared, incoming: Incoming) -> Result<Guest, String> {
-    let connection = incoming
-        .await
-        .map_err(|error| format!("no handshake: {error}"))?;
+async fn greet(
+    shared: &Shared,
+    incoming: Incoming,
+    on_path: Option<&OnPath>,
+) -> Result<Guest, String> {
+    let connecting = match on_path.and_then(|on_path| on_path.known) {
+        Some(window) => {
+            let config = shared.configs.bulk_on_known_path(window);
+            incoming.accept_with(Arc::new(config))
+        }
+        None => incoming.accept(),
+    };
+    let no_handshake = |error| format!("no handshake: {error}");
+    let connection = connecting.map_err(no_handshake)?;
+    let connection = connection.await.map_err(no_handshake)?;
     let peer = peer_fingerprint(&connection).ok_or("no client key")?;
     let stream = connection
         .accept_bi()

@@ -14,6 +14,7 @@ mod fleet;
 mod frames;
 pub mod handover;
 mod packing;
+mod paths;
 pub mod port;
 mod rate;
 mod record;

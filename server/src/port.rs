@@ -119,8 +119,9 @@ pub trait Profile: Send + Sync {
     /// The pages, the first needed first.
     fn lead(&self) -> Vec<PageRange>;
 
-    /// The destination waited for these pages. Called on the fault lane: must not block.
-    fn demanded(&self, range: PageRange);
+    /// The destination waited for these pages, when so many of the lead had gone; `None` when all had. Called on the fault
+    /// lane: must not block.
+    fn demanded(&self, range: PageRange, gone: Option<u64>);
 
     /// The destination has everything: what was heard may be kept. May block.
     fn finished(&self);
@@ -146,12 +147,22 @@ pub trait Scout: Send {
     /// # Errors
     /// As above.
     fn look_paused(&mut self) -> Result<Hints, MachineError>;
+
+    /// Hears no more than what was touched since it was last asked, which is much quicker than a look: the order in which
+    /// pages show as hot is then finer than the looks are.
+    ///
+    /// # Errors
+    /// As above.
+    fn glance(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
 }
 
 /// Pages that a machine needs soon. Lists may overlap and may name pages that hold nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hints {
-    /// Page tables of every address space that was found; those in use come first.
+    /// What the monitor itself reads when it loads the state, and behind that page tables of every address space that was
+    /// found; those in use come first.
     pub tables: Vec<PageRange>,
     /// Where registers point: descriptor tables, task state, CPU entry area, per-CPU data, stacks, the code around the
     /// instruction pointer; low memory that firmware and devices use; rings of devices.

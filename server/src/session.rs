@@ -263,12 +263,16 @@ impl Session {
         if let Some(recorder) = &self.config.trace {
             recorder.touched(range.first);
         }
+        let mut push = lock(&self.push);
         if let Some(profile) = &self.profile {
-            profile.demanded(range);
+            // Before the push begins, nothing has gone.
+            let gone = push.as_ref().map_or(Some(0), PushScheduler::lead_gone);
+            profile.demanded(range, gone);
         }
-        if let Some(push) = lock(&self.push).as_mut() {
+        if let Some(push) = push.as_mut() {
             push.fault(range);
         }
+        drop(push);
         self.push_wake.notify_waiters();
     }
 

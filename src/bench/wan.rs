@@ -29,6 +29,9 @@ pub struct WanArgs {
     /// one has recorded. Times count as if it had been paused at the order to resume; --mode has no part in it
     #[arg(long)]
     snapshot: bool,
+    /// With --snapshot: behind those two, resume so many clones of the bundled payload at once
+    #[arg(long, value_name = "COUNT", default_value_t = 1, requires = "snapshot")]
+    clones: u32,
     /// Whose own migration it is compared with, over the same path in the same run
     #[arg(long, default_value = "none")]
     compare: Peer,
@@ -166,6 +169,7 @@ impl WanArgs {
             kernel: self.guest.kernel.clone(),
             mode: self.mode.into(),
             snapshot: self.snapshot,
+            clones: self.clones,
             compare_qemu: self.compare == Peer::Qemu,
             runs: self.runs,
             within: self.within,

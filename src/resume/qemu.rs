@@ -26,6 +26,10 @@ pub fn resume(
 ) -> anyhow::Result<Exit> {
     let destination = Destination::new(command, args.install.into());
     let running = destination.running();
+    // What is wrong with its command comes to light again when it is needed, and is told to the source then.
+    let _ahead = destination
+        .start_ahead()
+        .inspect_err(|error| tracing::debug!(%error, "QEMU is not started ahead"));
     let events = Events::of(signals)?;
     let cancel = Cancel::default();
     let mut taking = Cancellable::new(destination, cancel.clone());

@@ -1,21 +1,32 @@
 //! A guest that works on its disk and its network while it is moved: devices' state and rings survive.
 
 use std::fs;
-use std::path::Path;
+use std::path::PathBuf;
 
 use crate::common::wait_for;
 use crate::guest::{Load, Qemus, Shape, can_move};
 
 const DISK_BYTES: u64 = 16 << 20;
 
-/// A disk that both QEMUs have open for a while: past the hosts' page caches, as QEMU's documentation asks of a disk
-/// that is shared for a migration. And a network card on QEMU's own user-mode network.
-pub fn devices(disk: &Path) -> String {
-    format!(
-        "-drive file={},format=raw,if=none,id=disk,cache=none -device virtio-blk-pci,drive=disk \
+/// How a disk is read and written: past the host's page cache, as QEMU's documentation asks of one that is shared for a
+/// migration, or through it, as tracking of writes needs it.
+pub const PAST_CACHE: &str = "none";
+pub const THROUGH_CACHE: &str = "writeback";
+
+/// Has the guests work on their memory, on a disk, and on a network card on QEMU's own user-mode network. Gives the disk.
+pub fn with_load(qemus: &mut Qemus, cache: &str) -> PathBuf {
+    let disk = qemus.home.path("disk");
+    fs::File::create(&disk)
+        .unwrap()
+        .set_len(DISK_BYTES)
+        .unwrap();
+    qemus.devices = format!(
+        "-drive file={},format=raw,if=none,id=disk,cache={cache} -device virtio-blk-pci,drive=disk \
          -netdev user,id=net,restrict=on -device virtio-net-pci,netdev=net,romfile=",
         disk.display()
-    )
+    );
+    qemus.append = "load=1".to_owned();
+    disk
 }
 
 /// Waits until each part of the load has gone on so much; nothing may be wrong.
@@ -40,13 +51,7 @@ fn disk_and_network_go_on() {
     };
     let names = ["a", "b", "c"];
     let mut qemus = Qemus::on_two_hosts(shape, &names);
-    let disk = qemus.home.path("disk");
-    fs::File::create(&disk)
-        .unwrap()
-        .set_len(DISK_BYTES)
-        .unwrap();
-    qemus.devices = devices(&disk);
-    qemus.append = "load=1".to_owned();
+    let disk = with_load(&mut qemus, PAST_CACHE);
     let _first = qemus.start("a");
     let mut load = Load {
         disk: (0, 0),

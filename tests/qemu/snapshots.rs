@@ -1,6 +1,5 @@
 //! Snapshots of a QEMU that goes on, whose writes are tracked from outside.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
@@ -10,15 +9,13 @@ use lazyvm_vmm_glue::qemu::Source;
 use crate::at_pause::AtPause;
 use crate::common::{Program, lazyvm};
 use crate::guest::{Qemus, Shape, can_move};
-use crate::load::devices;
+use crate::load::{THROUGH_CACHE, with_load};
 
 const SHAPE: Shape = Shape {
     memory_mib: 256,
     cpus: 2,
     fill_mib: 100,
 };
-
-const DISK_BYTES: u64 = 16 << 20;
 
 /// A guest that works on its memory, its disk and its network meanwhile.
 #[test]
@@ -28,10 +25,7 @@ fn a_snapshot_is_the_ram_of_its_pause() {
         return;
     }
     let mut qemus = Qemus::new(SHAPE);
-    let disk = qemus.home.path("disk");
-    File::create(&disk).unwrap().set_len(DISK_BYTES).unwrap();
-    qemus.devices = devices(&disk).replace("cache=none", "cache=writeback");
-    qemus.append = "load=1".to_owned();
+    with_load(&mut qemus, THROUGH_CACHE);
     let _qemu = qemus.start("a");
     let directories = ["one", "two", "three"].map(|name| qemus.home.path(name));
     let mut base = None;

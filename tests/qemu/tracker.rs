@@ -11,7 +11,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use crate::common::wait_for;
 use crate::copy::Copy;
 use crate::guest::{Qemus, Shape, can_move};
-use crate::load::devices;
+use crate::load::{PAST_CACHE, THROUGH_CACHE, with_load};
 use crate::surroundings::set_balloon;
 
 const SHAPE: Shape = Shape {
@@ -19,8 +19,6 @@ const SHAPE: Shape = Shape {
     cpus: 2,
     fill_mib: 64,
 };
-
-const DISK_BYTES: u64 = 16 << 20;
 
 /// A guest that works on its memory, its disk and its network, while a scout drops QEMU's page-table entries.
 #[test]
@@ -30,10 +28,7 @@ fn what_a_tracker_reports_is_all_that_is_written() {
         return;
     }
     let mut qemus = Qemus::new(SHAPE);
-    let disk = qemus.home.path("disk");
-    File::create(&disk).unwrap().set_len(DISK_BYTES).unwrap();
-    qemus.devices = devices(&disk).replace("cache=none", "cache=writeback");
-    qemus.append = "load=1".to_owned();
+    with_load(&mut qemus, THROUGH_CACHE);
     // One more socket: a source has the other one to itself.
     qemus.devices += &format!(
         " -device virtio-balloon-pci -qmp unix:{},server=on,wait=off",
@@ -147,9 +142,7 @@ fn a_disk_past_the_page_cache_is_refused_by_a_tracker() {
         return;
     }
     let mut qemus = Qemus::new(SHAPE);
-    let disk = qemus.home.path("disk");
-    File::create(&disk).unwrap().set_len(DISK_BYTES).unwrap();
-    qemus.devices = devices(&disk);
+    with_load(&mut qemus, PAST_CACHE);
     let _qemu = qemus.start("a");
     let source = Source::connect(&qemus.qmp("a")).unwrap();
     let mut tracker = source.tracker().unwrap();

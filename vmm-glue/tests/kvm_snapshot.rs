@@ -8,23 +8,26 @@
 mod common;
 
 use common::at_pause::AtPause;
+use common::busy::Busy;
+use common::has_kvm;
 use common::huge::HugePages;
-use common::{Home, has_kvm};
 use lazyvm_server::snapshot::{Snapshot, take};
-use lazyvm_vmm_glue::kvm::{RemoteMachine, TouchConfig};
+use lazyvm_vmm_glue::kvm::TouchConfig;
 use lazyvm_wire::Backing;
 
 /// Takes three snapshots, each on the one before, of a machine that writes to all of its memory.
 fn follow(cpus: u32, backing: Backing) {
-    let home = Home::new();
     let touch = TouchConfig {
         hot_bytes: Some(1 << 20),
         cold_per_million: 50_000,
         ..TouchConfig::default()
     };
-    let running = home.touch_on(backing, cpus, touch);
-    running.wait_ticks(1, cpus.into());
-    let machine = AtPause::new(RemoteMachine::connect(&running.control).unwrap());
+    let Busy {
+        remote,
+        running,
+        home,
+    } = Busy::start(backing, cpus, touch);
+    let machine = AtPause::new(remote);
     let directories = ["one", "two", "three"].map(|name| home.path(name));
     let mut base = None;
     for directory in &directories {

@@ -10,24 +10,25 @@ mod common;
 
 use std::time::Duration;
 
+use common::busy::Busy;
 use common::copy::Copy;
+use common::has_kvm;
 use common::huge::HugePages;
-use common::{Home, has_kvm};
 use lazyvm_server::port::SourceMachine;
-use lazyvm_vmm_glue::kvm::{RemoteMachine, TouchConfig};
+use lazyvm_vmm_glue::kvm::TouchConfig;
 use lazyvm_wire::Backing;
 
 fn follow(cpus: u32, backing: Backing) {
-    let home = Home::new();
-    let running = home.touch_on(backing, cpus, TouchConfig::default());
-    running.wait_ticks(1, cpus.into());
-    let remote = RemoteMachine::connect(&running.control).unwrap();
+    let busy = Busy::start(backing, cpus, TouchConfig::default());
+    let Busy {
+        remote, running, ..
+    } = &busy;
     let pages = remote.layout().pages();
     let mut tracker = remote.tracker().unwrap();
     // A second start begins again.
     for _ in 0..2 {
         tracker.start().unwrap();
-        let mut copy = Copy::of(&remote);
+        let mut copy = Copy::of(remote);
         let mut reported = 0;
         for round in 0..10 {
             std::thread::sleep(Duration::from_millis(7 * round));
@@ -76,9 +77,10 @@ fn a_second_tracker_ends_the_first() {
     if !has_kvm("a_second_tracker_ends_the_first") {
         return;
     }
-    let home = Home::new();
-    let running = home.touch(1, TouchConfig::default());
-    let remote = RemoteMachine::connect(&running.control).unwrap();
+    let busy = Busy::start(Backing::Small, 1, TouchConfig::default());
+    let Busy {
+        remote, running, ..
+    } = &busy;
     let (mut first, mut second) = (remote.tracker().unwrap(), remote.tracker().unwrap());
     assert!(first.collect(&mut |_| {}).is_err(), "not started");
     first.start().unwrap();

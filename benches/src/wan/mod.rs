@@ -7,6 +7,7 @@
 //! ticks alone (`figures`), so they mean the same for both.
 
 mod chart;
+mod clones;
 pub mod console;
 pub mod emulator;
 mod error;
@@ -62,6 +63,8 @@ pub struct Setup {
     /// Whether it is resumed from a snapshot instead of being moved: first without a profile of earlier resumes, then with
     /// what the first one has recorded.
     pub snapshot: bool,
+    /// How many clones are then resumed from it at once; of the payload only, and none where it is 1.
+    pub clones: u32,
     /// Whether QEMU's own ways of this mode are measured too.
     pub compare_qemu: bool,
     /// How often; medians count.
@@ -119,6 +122,11 @@ fn refuse(setup: &Setup) -> Result<(), WanError> {
     }
     if setup.compare_qemu && setup.snapshot {
         let text = "QEMU has no snapshot that is resumed over a path while it is read";
+        return Err(WanError::Asked(text.to_owned()));
+    }
+    if setup.clones > 1 && (!setup.snapshot || setup.guest == Guest::Qemu) {
+        let text =
+            "clones are resumed from a snapshot of the bundled payload: --snapshot --guest payload";
         return Err(WanError::Asked(text.to_owned()));
     }
     if setup.runs == 0 {

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::Setup;
+use super::clones::Clones;
 use super::figures::median;
 use super::peer::{Fate, Loss, Variant};
 use super::snapshot::Resumes;
@@ -17,6 +18,7 @@ pub struct Outcome {
     /// Resumes from snapshots that had a profile, and what the snapshots' pauses took in microseconds.
     profiled: Vec<Record>,
     pauses_us: Vec<u64>,
+    clones: Vec<Clones>,
     peers: Vec<Peer>,
     peer_version: String,
     tcp_congestion_control: String,
@@ -98,6 +100,7 @@ impl Outcome {
             own: Vec::new(),
             profiled: Vec::new(),
             pauses_us: Vec::new(),
+            clones: Vec::new(),
             peers: Vec::new(),
             peer_version: String::new(),
             tcp_congestion_control,
@@ -111,6 +114,7 @@ impl Outcome {
     pub(super) fn add_resumes(&mut self, resumes: Resumes) {
         self.pauses_us.push(resumes.pause_us);
         self.own.push(resumes.first);
+        self.clones.extend(resumes.clones);
         self.profiled.push(resumes.profiled);
     }
 
@@ -163,6 +167,7 @@ impl Outcome {
             let mut profiled = medians(&self.profiled);
             profiled["single_runs"] = singles(&self.profiled);
             out["profiled"] = profiled;
+            out["clones"] = json!(self.clones);
         }
         out["peer"] = Value::Null;
         let mut peers = serde_json::Map::new();
@@ -239,6 +244,17 @@ impl Outcome {
             }
             out.truncate(out.trim_end().len());
             out.push('\n');
+        }
+        for clones in &self.clones {
+            out += &format!(
+                "{} clones at once: first signs {:.0} ms (median), {:.0} ms (worst); all there after {:.0} ms, {:.1} MB, {} faults\n",
+                clones.first_sign_ms.len(),
+                clones.median_ms(),
+                clones.worst_ms(),
+                clones.all_complete_ms,
+                clones.bytes_wire as f64 / 1e6,
+                clones.faults,
+            );
         }
         if !self.peers.is_empty() {
             let name = &self.tcp_congestion_control;

@@ -7,6 +7,7 @@
 use std::process::Command;
 use std::time::Duration;
 
+use super::clones::{self, Clones};
 use super::emulator::SOURCE;
 use super::guest::{Guest, Images};
 use super::lazyvm::{TICKET_WITHIN, resumed, wait_for_ticket};
@@ -17,7 +18,8 @@ use super::{Setup, WanError, figures};
 /// How long a snapshot may take.
 const SNAPSHOT_WITHIN: Duration = Duration::from_secs(300);
 
-/// What the line of a snapshot's log says of its pause.
+/// The line of a snapshot's log that says how long the guest stood still in all, and what stands before the figure.
+const COMPLETE: &str = "the snapshot is complete";
 const PAUSE: &str = "pause_us=";
 
 /// Two resumes from one snapshot.
@@ -28,6 +30,8 @@ pub struct Resumes {
     pub first: Record,
     /// With that of the first.
     pub profiled: Record,
+    /// Many at once, where that was asked for.
+    pub clones: Option<Clones>,
 }
 
 /// Takes a snapshot of a guest, which ends then, and resumes it twice.
@@ -63,10 +67,13 @@ pub fn run(setup: &Setup, images: Option<&Images>) -> Result<Resumes, WanError> 
         serve.check()?;
         Ok(record)
     };
+    let (first, profiled) = (resume("first")?, resume("profiled")?);
+    let clones = (setup.clones > 1).then(|| clones::run(&trial, setup, &ticket));
     Ok(Resumes {
         pause_us,
-        first: resume("first")?,
-        profiled: resume("profiled")?,
+        first,
+        profiled,
+        clones: clones.transpose()?,
     })
 }
 
@@ -84,7 +91,8 @@ fn take(trial: &Trial<'_>, setup: &Setup) -> Result<u64, WanError> {
     let mut snapshot = trial.start(End::Source, "snapshot", command)?;
     snapshot.wait_for_end("the snapshot", SNAPSHOT_WITHIN)?;
     let log = snapshot.last_words();
-    let told = log.split(PAUSE).nth(1).map(|rest| {
+    let line = log.lines().find(|line| line.contains(COMPLETE));
+    let told = line.and_then(|line| line.split(PAUSE).nth(1)).map(|rest| {
         let end = rest.find(|c: char| !c.is_ascii_digit());
         rest[..end.unwrap_or(rest.len())].parse().ok()
     });

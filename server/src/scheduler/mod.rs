@@ -210,6 +210,11 @@ impl PushScheduler {
         Some(batch)
     }
 
+    /// Pages that were given out because they lead; `None` when no more of them are to come.
+    pub fn lead_gone(&self) -> Option<u64> {
+        (!self.lead.is_empty()).then_some(self.lead_pages)
+    }
+
     /// Pages that have not been given out.
     pub fn remaining(&self) -> u64 {
         self.remaining

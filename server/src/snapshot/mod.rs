@@ -8,6 +8,7 @@ mod compare;
 pub mod format;
 mod known;
 mod lead;
+mod merge;
 mod profile;
 mod read;
 mod take;

@@ -1,6 +1,5 @@
 //! Which pages earlier resumes of a snapshot needed first, in a file beside it.
 
-use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -10,6 +9,7 @@ use lazyvm_wire::{PageIndex, PageRange};
 
 use super::file_name;
 use super::format::{self, Manifest, PROFILE_PAGES_MAX, SnapshotId};
+use super::merge::{Demand, merged};
 use crate::port::Profile;
 use crate::session::lock;
 
@@ -52,19 +52,14 @@ impl SnapshotProfile {
     pub(super) fn session(self: &Arc<Self>) -> Box<dyn Profile> {
         Box::new(SessionProfile {
             shared: Arc::clone(self),
-            recent: Mutex::default(),
+            demands: Mutex::default(),
         })
     }
 
-    /// These pages first, and behind them what was there before.
-    fn merge(&self, recent: Vec<PageIndex>) -> io::Result<()> {
+    /// Takes in what a resume waited for. A crash leaves the file as it was or as it is to be.
+    fn learn(&self, demands: &[Demand]) -> io::Result<()> {
         let mut pages = lock(&self.pages);
-        let mut seen = HashSet::new();
-        let merged = recent.into_iter().chain(pages.iter().copied());
-        *pages = merged
-            .filter(|&page| seen.insert(page))
-            .take(PROFILE_PAGES_MAX)
-            .collect();
+        *pages = merged(&pages, demands, PROFILE_PAGES_MAX);
         let beside = self.path.with_extension("new");
         let mut file = File::create(&beside)?;
         file.write_all(&format::encode_profile(self.id, &pages))?;
@@ -75,7 +70,7 @@ impl SnapshotProfile {
 
 struct SessionProfile {
     shared: Arc<SnapshotProfile>,
-    recent: Mutex<Vec<PageIndex>>,
+    demands: Mutex<Vec<Demand>>,
 }
 
 impl Profile for SessionProfile {
@@ -90,18 +85,19 @@ impl Profile for SessionProfile {
         ranges
     }
 
-    fn demanded(&self, range: PageRange) {
-        let mut recent = lock(&self.recent);
-        let room = PROFILE_PAGES_MAX - recent.len().min(PROFILE_PAGES_MAX);
-        recent.extend(range.pages().take(room));
+    fn demanded(&self, range: PageRange, gone: Option<u64>) {
+        let mut demands = lock(&self.demands);
+        let room = PROFILE_PAGES_MAX.saturating_sub(demands.len());
+        let pages = range.pages().take(room);
+        demands.extend(pages.map(|page| Demand { page, gone }));
     }
 
     fn finished(&self) {
-        let recent = std::mem::take(&mut *lock(&self.recent));
-        if recent.is_empty() {
+        let demands = std::mem::take(&mut *lock(&self.demands));
+        if demands.is_empty() {
             return;
         }
-        if let Err(error) = self.shared.merge(recent) {
+        if let Err(error) = self.shared.learn(&demands) {
             let path = self.shared.path.display();
             tracing::warn!(%path, %error, "can't write down which pages this resume needed first");
         }

@@ -245,6 +245,8 @@ impl Job<'_> {
 
     /// The rounds; also how many there were.
     fn write_while_it_runs(&mut self) -> Result<(Changes, u32), TakeError> {
+        // Before there is a tracker: what is dropped from the machine's map would be taken for written.
+        self.lead.forget_ahead();
         if let Some(mut tracker) = self.machine.tracker() {
             match tracker.start() {
                 Ok(()) => return self.rounds(tracker),
@@ -365,7 +367,8 @@ impl Job<'_> {
             pages: 0,
             time: Duration::ZERO,
         };
-        // Dropped where the scout goes on, which ends it.
+        // It goes on, also for the scout: with it each page is mapped by itself where it is touched, and none of those around
+        // it.
         let tracker = match changes {
             Changes::Tracked(mut tracker, runs) => {
                 self.copy_tracked(tracker.as_mut(), runs, &mut paused)?;
@@ -377,7 +380,6 @@ impl Job<'_> {
             }
         };
         let copied_us = start.elapsed().as_micros() as u64;
-        let tracker = tracker.filter(|_| !self.lead.has_scout());
         self.lead.runs_on_next();
         let watched_us = start.elapsed().as_micros() as u64;
         standing.run_on()?;

@@ -41,8 +41,17 @@ use crate::attach::{self, AttachError, Process};
 /// How long QEMU may take until it answers: it may have to find gigabytes of huge pages first.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(120);
 
+/// How long one may take that is to be ended.
+const UNUSED_ANSWERS_WITHIN: Duration = Duration::from_secs(3);
+
 /// How long one that says that it went into the background (`-daemonize`) may take.
 const DAEMON_ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+
+/// How often is looked whether it answers.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
+
+/// Its socket, in a directory of its own.
+const SOCKET: &str = "qmp";
 
 /// How long a VM may take to be running after `cont`.
 const RUN_WITHIN: Duration = Duration::from_secs(10);
@@ -136,13 +145,49 @@ pub enum DestinationError {
     DidNotRun(String),
 }
 
+impl DestinationError {
+    fn start(command: &Command, source: io::Error) -> Self {
+        Self::Start {
+            program: command.program.to_string_lossy().into_owned(),
+            source,
+        }
+    }
+}
+
 /// See the module. Dropped before the VM runs, it ends QEMU.
 #[derive(Debug)]
 pub struct Destination {
     command: Command,
     install: InstallMode,
     running: Running,
+    starting: Starting,
     qemu: Option<Qemu>,
+}
+
+/// A QEMU that was started ahead and that nobody has taken a VM into. Dropped, it ends that.
+#[derive(Debug)]
+pub struct Ahead {
+    starting: Starting,
+    command: Command,
+}
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        if let Some(waiting) = self.starting.take() {
+            // It may have gone into the background, or a wrapper may have started it: who answers is the one to be ended.
+            drop(Qemu::of(waiting, &self.command, UNUSED_ANSWERS_WITHIN));
+        }
+    }
+}
+
+/// Where a QEMU that was started ahead waits to be used.
+#[derive(Clone, Debug, Default)]
+struct Starting(Arc<Mutex<Option<Waiting>>>);
+
+impl Starting {
+    fn take(&self) -> Option<Waiting> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 /// The QEMU process, for whoever goes on with it after the move.
@@ -186,8 +231,28 @@ impl Destination {
             command,
             install,
             running: Running::default(),
+            starting: Starting::default(),
             qemu: None,
         }
+    }
+
+    /// Starts QEMU, so that it comes up while the source is still being asked for its offer. Whoever calls this keeps what
+    /// it gives for as long as there may be an end without [`DestinationMachine::prepare`].
+    ///
+    /// # Errors
+    /// [`DestinationError`]; nothing was started.
+    pub fn start_ahead(&self) -> Result<Ahead, DestinationError> {
+        check_arguments(&self.command.arguments)?;
+        let waiting = Waiting::start(&self.command)?;
+        *self
+            .starting
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(waiting);
+        Ok(Ahead {
+            starting: self.starting.clone(),
+            command: self.command.clone(),
+        })
     }
 
     /// Where its process will be found once the VM runs.
@@ -205,8 +270,14 @@ impl Destination {
         offer: &MachineOffer,
     ) -> Result<LazyMemory, DestinationError> {
         let there = Offer::decode(offer)?;
-        check_arguments(&self.command.arguments)?;
-        let mut qemu = Qemu::start(&self.command)?;
+        let waiting = match self.starting.take() {
+            Some(waiting) => waiting,
+            None => {
+                check_arguments(&self.command.arguments)?;
+                Waiting::start(&self.command)?
+            }
+        };
+        let mut qemu = Qemu::of(waiting, &self.command, ANSWERS_WITHIN)?;
         let qmp = &mut qemu.qmp;
         let status = qmp.status()?;
         if status != "inmigrate" {
@@ -320,47 +391,19 @@ struct Qemu {
 }
 
 impl Qemu {
-    fn start(command: &Command) -> Result<Self, DestinationError> {
-        let start = |source| DestinationError::Start {
-            program: command.program.to_string_lossy().into_owned(),
-            source,
-        };
-        let home = tempfile::Builder::new()
-            .prefix("lazyvm-qemu-")
-            .tempdir()
-            .map_err(start)?;
-        let socket = home.path().join("qmp");
-        // A comma ends a value, two are one.
-        let escaped = socket.to_string_lossy().replace(',', ",,");
-        let mut spawn = std::process::Command::new(&command.program);
-        spawn
-            .args(&command.arguments)
-            .args(["-incoming", "defer", "-qmp"])
-            .arg(format!("unix:{escaped},server=on,wait=off"))
-            // Signals to this command's group, as a terminal sends them, are not for the VM.
-            .process_group(0);
-        if io::IsTerminal::is_terminal(&io::stdin()) {
-            // Not of the terminal's group, it would be stopped when it reads.
-            spawn.stdin(Stdio::null());
-        }
-        // QEMU inherits it, so that it gets its userfaultfd with lazyvm's rights and not with its own.
-        let device = File::options()
-            .read(true)
-            .write(true)
-            .open(attach::DEVICE)
-            .ok();
-        if let Some(device) = &device {
-            fcntl(device, FcntlArg::F_SETFD(FdFlag::empty()))
-                .map_err(|errno| start(errno.into()))?;
-        }
-        let mut child = Waiting(Some(spawn.spawn().map_err(start)?));
-        drop(device);
-        let qmp = child.connect(&socket)?;
+    /// Waits until it answers.
+    fn of(
+        mut waiting: Waiting,
+        command: &Command,
+        within: Duration,
+    ) -> Result<Self, DestinationError> {
+        let start = |source| DestinationError::start(command, source);
+        let qmp = waiting.connect(within)?;
         let pid = qmp.peer().map_err(start)?;
         let process = Process::open(pid)?;
         let for_later = Process::open(pid)?;
         Ok(Self {
-            started: child.0.take().map(|child| Started {
+            started: waiting.child.take().map(|child| Started {
                 child,
                 process: for_later,
             }),
@@ -394,18 +437,58 @@ impl Drop for Qemu {
 }
 
 /// A QEMU that does not answer yet. Dropped, it ends.
-struct Waiting(Option<Child>);
+#[derive(Debug)]
+struct Waiting {
+    child: Option<Child>,
+    /// Where its socket is.
+    home: tempfile::TempDir,
+}
 
 impl Waiting {
-    fn connect(&mut self, socket: &std::path::Path) -> Result<Qmp, DestinationError> {
-        let mut deadline = Instant::now() + ANSWERS_WITHIN;
+    fn start(command: &Command) -> Result<Self, DestinationError> {
+        let start = |source| DestinationError::start(command, source);
+        let home = tempfile::Builder::new()
+            .prefix("lazyvm-qemu-")
+            .tempdir()
+            .map_err(start)?;
+        // A comma ends a value, two are one.
+        let escaped = home.path().join(SOCKET);
+        let escaped = escaped.to_string_lossy().replace(',', ",,");
+        let mut spawn = std::process::Command::new(&command.program);
+        spawn
+            .args(&command.arguments)
+            .args(["-incoming", "defer", "-qmp"])
+            .arg(format!("unix:{escaped},server=on,wait=off"))
+            // Signals to this command's group, as a terminal sends them, are not for the VM.
+            .process_group(0);
+        if io::IsTerminal::is_terminal(&io::stdin()) {
+            // Not of the terminal's group, it would be stopped when it reads.
+            spawn.stdin(Stdio::null());
+        }
+        // QEMU inherits it, so that it gets its userfaultfd with lazyvm's rights and not with its own.
+        let device = File::options()
+            .read(true)
+            .write(true)
+            .open(attach::DEVICE)
+            .ok();
+        if let Some(device) = &device {
+            fcntl(device, FcntlArg::F_SETFD(FdFlag::empty()))
+                .map_err(|errno| start(errno.into()))?;
+        }
+        let child = Some(spawn.spawn().map_err(start)?);
+        Ok(Self { child, home })
+    }
+
+    fn connect(&mut self, within: Duration) -> Result<Qmp, DestinationError> {
+        let socket = self.home.path().join(SOCKET);
+        let mut deadline = Instant::now() + within;
         let mut in_background = false;
         loop {
-            let error = match Qmp::connect(socket) {
+            let error = match Qmp::connect(&socket) {
                 Ok(qmp) => return Ok(qmp),
                 Err(error) => error,
             };
-            let ended = self.0.as_mut().and_then(|child| child.try_wait().ok()?);
+            let ended = self.child.as_mut().and_then(|child| child.try_wait().ok()?);
             match ended {
                 Some(status) if !status.success() => return Err(DestinationError::Ended(status)),
                 // Into the background, perhaps.
@@ -419,14 +502,14 @@ impl Waiting {
                 None if Instant::now() > deadline => return Err(DestinationError::Silent(error)),
                 _ => {}
             }
-            thread::sleep(Duration::from_millis(5));
+            thread::sleep(LOOK_EVERY);
         }
     }
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        if let Some(mut child) = self.0.take() {
+        if let Some(mut child) = self.child.take() {
             let _ = child.kill();
             let _ = child.wait();
         }

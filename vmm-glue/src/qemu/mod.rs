@@ -19,7 +19,7 @@ mod tracker;
 mod transfer;
 pub mod tree;
 
-pub use destination::{Command, Destination, DestinationError, Running};
+pub use destination::{Ahead, Command, Destination, DestinationError, Running};
 pub use memory::{MemoryError, RamRegion};
 pub use offer::{KIND, Offer, OfferError};
 pub use qmp::{Qmp, QmpError};

@@ -25,6 +25,10 @@ use crate::x86::{GuestMemory, Looks, Vcpu};
 /// threads that touch new memory wait for it too.
 const PIECE_BYTES: u64 = 4 << 20;
 
+/// Where a PC's option ROMs are. QEMU reads and writes its own there when it loads a state (`kvmvapic.bin`), before any
+/// processor runs.
+const OPTION_ROMS: std::ops::Range<u64> = 0xc_0000..0xe_0000;
+
 /// See the module.
 pub(super) struct QemuScout {
     process: Arc<Process>,
@@ -55,6 +59,15 @@ impl QemuScout {
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What QEMU itself needs goes ahead of all.
+    fn with_roms(&self, mut hints: Hints) -> Hints {
+        let count = (OPTION_ROMS.end - OPTION_ROMS.start) >> PAGE_SHIFT;
+        if let Some(first) = self.layout.page_of(Gpa(OPTION_ROMS.start)) {
+            hints.tables.insert(0, PageRange::new(first, count));
+        }
+        hints
     }
 
     fn vcpus(&self) -> Result<Vec<Vcpu>, MachineError> {
@@ -159,15 +172,24 @@ impl Scout for QemuScout {
     fn look(&mut self) -> Result<Hints, MachineError> {
         let vcpus = self.vcpus()?;
         let (pagemap, regions, layout) = (self.pagemap.as_ref(), &self.regions, &self.layout);
-        self.looks
-            .look(&vcpus, &mut || touched(pagemap, regions, layout))
+        let hints = self
+            .looks
+            .look(&vcpus, &mut || touched(pagemap, regions, layout))?;
+        Ok(self.with_roms(hints))
     }
 
     fn look_paused(&mut self) -> Result<Hints, MachineError> {
         let vcpus = self.vcpus()?;
         let (pagemap, regions, layout) = (self.pagemap.as_ref(), &self.regions, &self.layout);
-        self.looks
-            .look_paused(&vcpus, &mut || touched(pagemap, regions, layout))
+        let hints = self
+            .looks
+            .look_paused(&vcpus, &mut || touched(pagemap, regions, layout))?;
+        Ok(self.with_roms(hints))
+    }
+
+    fn glance(&mut self) -> Result<(), MachineError> {
+        let (pagemap, regions, layout) = (self.pagemap.as_ref(), &self.regions, &self.layout);
+        self.looks.glance(&mut || touched(pagemap, regions, layout))
     }
 }
 

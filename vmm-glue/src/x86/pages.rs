@@ -37,6 +37,15 @@ impl PageSet {
         word.is_some_and(|word| word >> (page.0 % 64) & 1 != 0)
     }
 
+    /// Those that are in, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = PageIndex> + '_ {
+        let words = (0..).zip(&self.words);
+        words.flat_map(|(at, &word)| {
+            let bits = (0..64_u64).filter(move |bit| word >> bit & 1 != 0);
+            bits.map(move |bit| PageIndex(at * 64 + bit))
+        })
+    }
+
     /// How many are in.
     pub fn count(&self) -> u64 {
         let ones = self.words.iter().map(|word| u64::from(word.count_ones()));
@@ -129,6 +138,9 @@ mod tests {
                 }
             }
             prop_assert_eq!(list.set.count(), expected.len() as u64);
+            let mut ascending = expected.clone();
+            ascending.sort_unstable();
+            prop_assert_eq!(list.set.iter().collect::<Vec<_>>(), ascending);
             prop_assert_eq!(list.iter().collect::<Vec<_>>(), expected);
         }
     }

@@ -25,6 +25,10 @@ const KERNEL_IMAGE: std::ops::Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c0
 /// Larger pages than this are the kernel's view of all memory, whatever they allow, or have physical order by themselves.
 const CODE_PAGE_MAX: u64 = 2 << 20;
 
+/// Most pages that count as the kernel's own because no program has them mapped: 4 MiB. Where there are more of them, they
+/// are a program's whose page tables were not found.
+const KERNEL_PAGES_MAX: usize = 1024;
+
 /// What else is known of the machine.
 #[derive(Clone, Copy, Default)]
 pub struct Known<'a> {
@@ -72,11 +76,12 @@ pub fn resume_set(
     }
     processor.extend(trees.kernel_data.iter());
     processor.extend(known.rings.iter().flat_map(|ring| ring.pages()));
+    processor.extend(pointed.code);
     let (hot, cold) = split(memory.pages(0, LOW_MEMORY), known.hot);
     processor.extend(hot.into_iter().chain(cold));
+    processor.extend(trees.kernels_own());
 
     let mut code = PageList::new(pages);
-    code.extend(pointed.code);
     for part in [trees.kernel_code, trees.user_code] {
         let (hot, cold) = split(part.iter(), known.hot);
         code.extend(hot.into_iter().chain(cold));
@@ -116,6 +121,8 @@ struct Trees<'a> {
     kernel_data: PageList,
     kernel_code: PageList,
     user_code: PageList,
+    /// All that programs have mapped.
+    users: PageSet,
     order: Vec<PageIndex>,
     in_order: PageSet,
 }
@@ -132,6 +139,7 @@ impl<'a> Trees<'a> {
             kernel_data: list(),
             kernel_code: list(),
             user_code: list(),
+            users: PageSet::new(memory.layout().pages()),
             order: Vec::new(),
             in_order: PageSet::new(memory.layout().pages()),
         }
@@ -183,6 +191,9 @@ impl<'a> Trees<'a> {
         if mapping.bytes <= CODE_PAGE_MAX {
             self.put_in_order(mapping);
         }
+        for page in self.memory.pages(mapping.gpa, mapping.bytes) {
+            self.users.insert(page);
+        }
     }
 
     fn take_kernel(&mut self, mapping: Mapping) {
@@ -204,6 +215,21 @@ impl<'a> Trees<'a> {
         if !is_all_memory(&mapping) {
             self.put_in_order(mapping);
         }
+    }
+
+    /// The hot pages that no program has mapped: a kernel uses little of its own, and whoever runs waits for it. None where
+    /// there are no programs.
+    fn kernels_own(&self) -> Vec<PageIndex> {
+        if self.users.is_empty() {
+            return Vec::new();
+        }
+        let used = self.hot.into_iter().flat_map(PageSet::iter);
+        let own = used.filter(|&page| !self.users.contains(page));
+        let own: Vec<_> = own.take(KERNEL_PAGES_MAX + 1).collect();
+        if own.len() > KERNEL_PAGES_MAX {
+            return Vec::new();
+        }
+        own
     }
 
     fn put_in_order(&mut self, mapping: Mapping) {

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use lazyvm_server::port::{DirtyTracker, MachineError, SourceMachine, SourceMemory};
+use lazyvm_server::port::{DirtyTracker, MachineError, Scout, SourceMachine, SourceMemory};
 use lazyvm_server::snapshot::Snapshot;
 use lazyvm_wire::{Layout, MachineOffer};
 
@@ -43,6 +43,10 @@ impl<M: SourceMachine> SourceMachine for AtPause<M> {
 
     fn memory(&self) -> Arc<dyn SourceMemory> {
         self.machine.memory()
+    }
+
+    fn scout(&self) -> Option<Box<dyn Scout>> {
+        self.machine.scout()
     }
 
     fn tracker(&self) -> Option<Box<dyn DirtyTracker>> {

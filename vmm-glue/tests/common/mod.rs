@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its own part of it")]
 
 pub mod at_pause;
+pub mod busy;
 pub mod copy;
 // One pool of huge pages for the whole machine, so one way to take turns with it.
 #[path = "../../../pager/tests/common/huge.rs"]

@@ -45,6 +45,9 @@ const BULK_UNACKED: u32 = 24 << 20;
 /// The push's first congestion window; QUIC's own of 12 KB needs two seconds to fill a long pipe.
 const BULK_INITIAL_WINDOW: u64 = 1 << 20;
 
+/// The same on a path of which is known what it carried a short while ago, at most.
+const BULK_KNOWN_WINDOW_MAX: u64 = 8 << 20;
+
 /// Handshakes that may be under way at a time; further ones are refused.
 const HANDSHAKES_MAX: usize = 64;
 
@@ -66,6 +69,19 @@ pub struct ServerConfigs {
     pub fault: ServerConfig,
     /// For the push.
     pub bulk: ServerConfig,
+    rival: Rival,
+}
+
+impl ServerConfigs {
+    /// For the push on a path that has carried so many bytes a round trip a short while ago: it begins with half of that, as
+    /// long as that is more than on any other path (Careful Resume, `draft-ietf-tsvwg-careful-resume`).
+    pub fn bulk_on_known_path(&self, window: u64) -> ServerConfig {
+        let initial_window = (window / 2).clamp(BULK_INITIAL_WINDOW, BULK_KNOWN_WINDOW_MAX);
+        let mut config = self.bulk.clone();
+        let transport = bulk_of_peers(transport_from(Lane::Bulk, self.rival, initial_window));
+        config.transport_config(Arc::new(transport));
+        config
+    }
 }
 
 /// The settings of a server with this identity, whose push meets others' traffic as `rival` says.
@@ -86,13 +102,17 @@ pub fn server_configs(identity: &Identity, rival: Rival) -> Result<ServerConfigs
     fault
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
         .max_concurrent_uni_streams(0_u32.into());
-    let mut bulk = transport(Lane::Bulk, rival);
-    bulk.max_concurrent_bidi_streams(VarInt::from_u32(1))
-        .max_concurrent_uni_streams(0_u32.into());
     Ok(ServerConfigs {
         fault: config(fault),
-        bulk: config(bulk),
+        bulk: config(bulk_of_peers(transport(Lane::Bulk, rival))),
+        rival,
     })
+}
+
+fn bulk_of_peers(mut bulk: TransportConfig) -> TransportConfig {
+    bulk.max_concurrent_bidi_streams(VarInt::from_u32(1))
+        .max_concurrent_uni_streams(0_u32.into());
+    bulk
 }
 
 /// The settings of a destination's connection to the server with this fingerprint.
@@ -122,6 +142,10 @@ pub fn client_config(
 }
 
 fn transport(lane: Lane, rival: Rival) -> TransportConfig {
+    transport_from(lane, rival, BULK_INITIAL_WINDOW)
+}
+
+fn transport_from(lane: Lane, rival: Rival, initial_window: u64) -> TransportConfig {
     let mut transport = TransportConfig::default();
     let idle = VarInt::from_u32(IDLE_TIMEOUT.as_millis() as u32);
     transport.max_idle_timeout(Some(IdleTimeout::from(idle)));
@@ -143,7 +167,7 @@ fn transport(lane: Lane, rival: Rival) -> TransportConfig {
         Lane::Bulk => {
             transport
                 .congestion_controller_factory(Arc::new(ShortQueue {
-                    initial_window: BULK_INITIAL_WINDOW,
+                    initial_window,
                     rival,
                 }))
                 // Streams go one after the other: packets of many in turn would cost the destination a task switch each.
