@@ -16,7 +16,7 @@ pub enum Rival {
 }
 
 /// The queue that one flow keeps at a gigabit a second.
-const TARGET: Duration = Duration::from_micros(1200);
+const TARGET: Duration = Duration::from_micros(700);
 const TARGET_RATE: f64 = 125e6;
 
 /// The queue that the slowest flow keeps.

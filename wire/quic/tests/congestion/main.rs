@@ -64,6 +64,19 @@ fn starts_within_a_few_round_trips_and_loses_little() {
 }
 
 #[test]
+fn a_sender_that_sleeps_at_the_start_goes_on_with_it() {
+    let path = Path::new(1000.0, 100);
+    for at_ms in (250..750).step_by(25) {
+        let mut simulation = alone(path);
+        let at = Duration::from_millis(at_ms);
+        simulation.asleep = (at, at + Duration::from_millis(40));
+        simulation.run(Duration::from_millis(1000));
+        let rates = simulation.run(Duration::from_millis(400));
+        assert!(share(&rates, &path) > 0.7, "{at_ms} ms: {rates:?}");
+    }
+}
+
+#[test]
 fn random_loss_slows_nothing_down() {
     for loss in [0.001, 0.01, 0.03] {
         for mbit_s in [10.0, 100.0, 1000.0] {

@@ -171,6 +171,8 @@ pub struct Simulation {
     last_ack: Duration,
     jitter: (Duration, Duration),
     woken: Vec<bool>,
+    /// From when to when the senders get no processor.
+    pub asleep: (Duration, Duration),
     /// Queueing of each packet that passed since it was last asked for, in seconds.
     pub queues: Vec<f64>,
 }
@@ -188,6 +190,7 @@ impl Simulation {
             random: 0x9e37_79b9_7f4a_7c15,
             last_ack: Duration::ZERO,
             jitter: (Duration::ZERO, Duration::ZERO),
+            asleep: (Duration::ZERO, Duration::ZERO),
             queues: Vec::new(),
         }
     }
@@ -208,6 +211,11 @@ impl Simulation {
                 break;
             }
             self.events.pop();
+            let (from, to) = self.asleep;
+            if (from..to).contains(&at) {
+                self.push(to, event);
+                continue;
+            }
             self.now = at;
             match event {
                 Event::Arrived { flow, number } => self.acked(flow, number),
