@@ -82,7 +82,10 @@ pub(crate) async fn connect_fault(
 /// Connects the bulk lane; runs on its thread.
 pub(crate) async fn connect_bulk(with: Arc<Credentials>) -> Result<Link, ConnectError> {
     match connect(&with, Lane::Bulk).await? {
-        (link, ToDestination::Joined) => Ok(link),
+        (link, ToDestination::Joined) => {
+            lazyvm_quic::widen_for_path(&link.connection);
+            Ok(link)
+        }
         _ => Err(ConnectError::Protocol("the bulk lane is not joined")),
     }
 }

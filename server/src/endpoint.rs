@@ -500,6 +500,7 @@ impl Guest {
 }
 
 async fn serve_bulk(session: &Arc<Session>, connection: &Connection) {
+    lazyvm_quic::widen_for_path(connection);
     let digests = tokio::spawn(bulk::digests_once_paused(
         session.clone(),
         connection.clone(),

@@ -6,7 +6,10 @@ use std::time::Duration;
 use lazyvm_wire::control::Lane;
 use lazyvm_wire::trust::{Fingerprint, Identity, TrustError};
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
-use quinn::{AckFrequencyConfig, ClientConfig, IdleTimeout, ServerConfig, TransportConfig, VarInt};
+use quinn::{
+    AckFrequencyConfig, ClientConfig, Connection, IdleTimeout, ServerConfig, TransportConfig,
+    VarInt,
+};
 
 use crate::congestion::{Rival, ShortQueue};
 use crate::lane::first_ids;
@@ -60,6 +63,18 @@ pub enum SetupError {
     /// The cipher suite that QUIC's first packets need is not there.
     #[error("the TLS library lacks a cipher suite that QUIC needs")]
     Suite(#[from] NoInitialCipherSuite),
+}
+
+/// The round trip for which the push's bytes under way are meant, and how many times as much a longer path gets.
+const BULK_RTT: Duration = Duration::from_millis(100);
+const BULK_WIDEST: f64 = 3.0;
+
+/// Lets more of the push be under way where the path is longer than 100 ms, by as much as it is longer: three times at most.
+pub fn widen_for_path(connection: &Connection) {
+    let times = connection.rtt().as_secs_f64() / BULK_RTT.as_secs_f64();
+    let times = times.clamp(1.0, BULK_WIDEST);
+    connection.set_send_window((f64::from(BULK_UNACKED) * times) as u64);
+    connection.set_receive_window(VarInt::from_u32((f64::from(BULK_WINDOW) * times) as u32));
 }
 
 /// A server's settings for each lane.

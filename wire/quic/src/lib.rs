@@ -16,7 +16,7 @@ mod window;
 
 pub use config::{
     BULK_STREAMS_MAX, FAULT_STREAMS_MAX, IDLE_TIMEOUT, ServerConfigs, SetupError, client_config,
-    server_configs,
+    server_configs, widen_for_path,
 };
 pub use congestion::{Core as Congestion, Rival, ShortQueue};
 pub use control::{ControlReceiver, ControlSender, ControlStreamError, control_stream};

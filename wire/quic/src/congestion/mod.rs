@@ -2,7 +2,7 @@
 //!
 //! A push that fills the bottleneck's buffer adds that buffer to the latency of every fault; on a long path CUBIC
 //! does so until it loses thousands of packets. This controller goes by delay. It keeps some bytes of its own in the
-//! queue, 1.2 ms of them at a gigabit a second, and no more.
+//! queue, 0.7 ms of them at a gigabit a second, and no more.
 //!
 //! | part | from |
 //! |---|---|
@@ -10,7 +10,7 @@
 //! | the round trip it sees: the smallest of the last half round trip, so that jitter is no queue | Copa's standing RTT (Arun, Balakrishnan, NSDI 2018) |
 //! | a target that grows more slowly than the rate, so that flows become equal | Swift's flow scaling (Kumar et al., SIGCOMM 2020) |
 //! | the window never far above delivery rate times path delay, whatever the delay says; drained rounds to see the path's own delay again | BBR (Cardwell et al., draft-ietf-ccwg-bbr) |
-//! | the start: doubling until the delay grows by an eighth | HyStart++ (RFC 9406) |
+//! | the start: doubling until the delay grows by an eighth, and again where a packet of the larger window met no queue | HyStart++ (RFC 9406), whose conservative slow start has the same purpose |
 //! | faster and faster growth while the queue stays empty and the bytes arrive | Copa's velocity |
 //! | a queue that others fill is shared, by CUBIC's curve, until a drained round finds it gone | Copa's competitive mode, CUBIC (RFC 9438) |
 //!
