@@ -27,8 +27,9 @@ const STREAM_TIME: Duration = Duration::from_millis(8);
 const STREAM_BYTES_MIN: usize = 64 << 10;
 const STREAM_BYTES_MAX: usize = 4 << 20;
 
-/// The same before the pause, where it must be known what has arrived.
-const EARLY_STREAM_BYTES: usize = 1 << 20;
+/// Before the pause it must be known what has arrived, which is told by whole streams: a lost packet leaves one open. So many
+/// of them fill the window.
+const EARLY_STREAMS: u64 = 64;
 
 /// What is under way at least before anything waits for it to arrive.
 const WINDOW_MIN: u64 = 64 << 10;
@@ -69,6 +70,7 @@ pub(crate) async fn push(session: &Arc<Session>, connection: &Connection) -> Res
         rest: None,
         priority: 0,
         stream_bytes: STREAM_BYTES_MIN,
+        early_stream_bytes: STREAM_BYTES_MIN,
         chunks: Vec::new(),
         unacked: 0,
         reads: 0,
@@ -105,6 +107,8 @@ struct Pusher<'a> {
     priority: i32,
     /// What a stream takes before the next one is begun.
     stream_bytes: usize,
+    /// The same before the pause.
+    early_stream_bytes: usize,
     /// Frames that are to go.
     chunks: Vec<Bytes>,
     /// Bytes of pages before the pause on the stream `rest`.
@@ -169,7 +173,7 @@ impl Pusher<'_> {
         if self
             .rest
             .as_ref()
-            .is_some_and(|(_, taken)| *taken >= self.stream_bytes.min(EARLY_STREAM_BYTES))
+            .is_some_and(|(_, taken)| *taken >= self.early_stream_bytes)
         {
             self.finish_rest();
         }
@@ -189,6 +193,8 @@ impl Pusher<'_> {
         self.packer.path_carries(carries);
         self.stream_bytes = ((carries * STREAM_TIME.as_secs_f64()) as usize)
             .clamp(STREAM_BYTES_MIN, STREAM_BYTES_MAX);
+        self.early_stream_bytes =
+            ((path.cwnd / EARLY_STREAMS) as usize).clamp(STREAM_BYTES_MIN, STREAM_BYTES_MAX);
         let session = self.session;
         session
             .path_bytes_s

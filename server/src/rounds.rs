@@ -124,18 +124,34 @@ impl Judge {
         self.written.push_front((within, pages));
     }
 
-    /// How many pages will be written within a time of this length, at least. The longer the time the fewer new ones come, so
-    /// between two lengths that are known there are more than on a straight line.
+    /// How many pages will be written within a time of this length. The longer the time the fewer new ones come: between two
+    /// lengths that are known there are more than on the straight line that is taken. Beyond the longest it goes on as it does
+    /// where some pages are written again and again in any order.
     fn will_be_written(&self, within: Duration) -> f64 {
         let seen = self.written.iter();
         let shorter = seen.clone().filter(|(time, _)| *time <= within).max();
         let longer = seen.filter(|(time, _)| *time > within).min();
         let (time, pages) = shorter.copied().unwrap_or_default();
+        let pages = pages as f64;
         let Some(&(longer, more)) = longer else {
-            return pages as f64;
+            return self.goes_on(time, pages, within);
         };
         let part = (within - time).as_secs_f64() / (longer - time).as_secs_f64();
-        pages as f64 + (more as f64 - pages as f64) * part
+        pages + (more as f64 - pages) * part
+    }
+
+    /// Of `all` pages in any order, `all * (1 - q^2)` are written in twice the time in which `all * (1 - q)` are.
+    fn goes_on(&self, time: Duration, pages: f64, within: Duration) -> f64 {
+        if time.is_zero() || pages <= 0.0 {
+            return 0.0;
+        }
+        let times = within.as_secs_f64() / time.as_secs_f64();
+        let in_half = self.will_be_written(time / 2).max(1.0);
+        let q = (pages / in_half - 1.0).clamp(0.0, 1.0);
+        if q > 0.99 {
+            return pages * times;
+        }
+        pages / (1.0 - q * q) * (1.0 - q.powf(2.0 * times))
     }
 
     /// What to do after a round.
@@ -241,6 +257,22 @@ mod tests {
         let (seconds, _, verdict) = simulate(Mode::Hybrid, 400_000, 100_000.0, 92_000.0, None);
         assert_eq!(verdict, Verdict::Pause);
         assert!(seconds < 1.1 * copy, "{seconds}");
+    }
+
+    #[test]
+    fn what_was_written_tells_what_will_be() {
+        let hot = 60_000.0;
+        let written = |seconds: f64| hot * (1.0 - (-seconds / 3.0).exp());
+        let mut judge = Judge::of_snapshot();
+        assert_eq!(judge.will_be_written(Duration::from_secs(3)), 0.0);
+        for seconds in [0.5, 1.0, 2.0, 3.5] {
+            judge.saw(written(seconds) as u64, Duration::from_secs_f64(seconds));
+        }
+        for seconds in [0.2, 0.7, 1.5, 3.0, 5.0, 10.0, 100.0] {
+            let guess = judge.will_be_written(Duration::from_secs_f64(seconds));
+            let error = guess / written(seconds) - 1.0;
+            assert!(error.abs() < 0.1, "{seconds} s: {guess}");
+        }
     }
 
     #[test]
