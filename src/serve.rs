@@ -76,7 +76,7 @@ pub struct ServeArgs {
     /// Give way to other traffic on the path [default: take a fair share of it]
     #[arg(long = "yield")]
     yields: bool,
-    /// How long the VM is watched before it is paused, while what it uses goes ahead; 0s pauses it at once
+    /// In postcopy: how long the VM is watched before it is paused, while what it uses goes ahead; 0s pauses it at once
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::duration)]
     warm_up: Duration,
     /// A disk to move along (not in this release); may be repeated
