@@ -58,7 +58,8 @@ pub(crate) async fn warm_up(session: Arc<Session>, early: bool) -> Result<(), St
         );
     }
     match scout {
-        Some(scout) => send_hints(&session, scout, early).await,
+        // Where all was to go, it is known by now that writes can't be noted.
+        Some(scout) => send_hints(&session, scout, early, early && !wants_all).await,
         None => Ok(()),
     }
 }
@@ -78,11 +79,13 @@ async fn send_all(session: &Arc<Session>, scout: Option<Box<dyn Scout>>) -> Resu
     sent
 }
 
-/// What the machine will need first goes ahead, as far as the time of the warm-up lets it show.
+/// What the machine will need first goes ahead, as far as the time of the warm-up lets it show; with `noting`, its writes are
+/// noted where they can be.
 async fn send_hints(
     session: &Arc<Session>,
     scout: Box<dyn Scout>,
     early: bool,
+    noting: bool,
 ) -> Result<(), String> {
     let start = Instant::now();
     // The watch comes before the tracking: what it drops from the machine's map would be taken for written.
@@ -91,7 +94,7 @@ async fn send_hints(
         scout.look()
     })
     .await;
-    let tracked = early && scout.is_some() && track(session).await;
+    let tracked = noting && scout.is_some() && track(session).await;
     if early {
         // The machine may write to any of it until the pause, to code and page tables least.
         session.queue_early([first.code, first.tables, first.processor].concat());
