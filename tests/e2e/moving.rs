@@ -38,17 +38,7 @@ fn a_small_machine_moves_and_goes_on_where_it_was() {
         return;
     }
     let home = Home::new();
-    let mut run = home.run("a", "32M", &[]);
-    home.wait_ticks("a", 5);
-    let (mut serve, ticket) = home.serve("serve", "a", &["--mode", "hybrid"]);
-    let mut resume = home.resume("b", &ticket, &["--verify", "--stay"]);
-    serve.ends_with(0);
-    run.ends_with(0);
-    home.wait_ticks("b", 20);
-    let report = home.report("b");
-    resume.signal(nix::sys::signal::Signal::SIGTERM);
-    resume.ends_with(0);
-    home.assert_unbroken(&["a", "b"]);
+    let report = move_verified(&home, "32M", &[], &["--mode", "hybrid"]);
     assert!(
         !home.path("a").exists() && !home.path("b").exists(),
         "the sockets are gone with the machines"
@@ -236,13 +226,16 @@ fn every_huge_page_is_the_sources_in_every_mode() {
     }
 }
 
-/// Moves a machine that writes all the time to and compares every page; gives the report.
-fn move_in(mode: &str, flags_of_run: &[&str]) -> serde_json::Value {
-    let home = Home::new();
-    let mut run = home.run("a", "128M", flags_of_run);
+/// Moves a machine from `a` to `b`, and ends it there when it has run on for a while; gives the report.
+fn move_verified(
+    home: &Home,
+    memory: &str,
+    flags_of_run: &[&str],
+    flags_of_serve: &[&str],
+) -> serde_json::Value {
+    let mut run = home.run("a", memory, flags_of_run);
     home.wait_ticks("a", 5);
-    let flags = ["--mode", mode, "--downtime-limit", "10s"];
-    let (mut serve, ticket) = home.serve("serve", "a", &flags);
+    let (mut serve, ticket) = home.serve("serve", "a", flags_of_serve);
     let mut resume = home.resume("b", &ticket, &["--verify", "--stay"]);
     serve.ends_with(0);
     run.ends_with(0);
@@ -251,6 +244,14 @@ fn move_in(mode: &str, flags_of_run: &[&str]) -> serde_json::Value {
     resume.signal(nix::sys::signal::Signal::SIGTERM);
     resume.ends_with(0);
     home.assert_unbroken(&["a", "b"]);
+    report
+}
+
+/// Moves a machine that writes all the time and compares every page; gives the report.
+fn move_in(mode: &str, flags_of_run: &[&str]) -> serde_json::Value {
+    let home = Home::new();
+    let flags = ["--mode", mode, "--downtime-limit", "10s"];
+    let report = move_verified(&home, "128M", flags_of_run, &flags);
     assert_eq!(
         (&report["verified"], &report["mode"]),
         (&true.into(), &mode.into())

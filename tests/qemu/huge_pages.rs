@@ -14,7 +14,7 @@ use crate::common::skip;
 use crate::copy::Copy;
 use crate::guest::{Qemus, Shape, can_move};
 use crate::hosts::end_all_of;
-use crate::surroundings::set_balloon;
+use crate::surroundings::{balloon, set_balloon};
 
 const SHAPE: Shape = Shape {
     memory_mib: 256,
@@ -122,11 +122,7 @@ fn what_a_tracker_reports_is_all_that_is_written_to_huge_pages() {
     let Some(_pages) = Mounted::at(test, &qemus, SHAPE.memory_mib / 2) else {
         return;
     };
-    // One more socket: a source has the other one to itself.
-    qemus.devices = format!(
-        "-device virtio-balloon-pci -qmp unix:{},server=on,wait=off",
-        qemus.qmp("balloon").display()
-    );
+    qemus.devices = balloon(&qemus);
     // With it the guest loads its drivers.
     qemus.append = "load=1".to_owned();
     let _qemu = qemus.start("a");

@@ -24,6 +24,14 @@ fn let_everybody_in(path: &Path) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o777)).unwrap();
 }
 
+/// A balloon, and one more socket for [`set_balloon`], called `balloon`: a source has the other one to itself.
+pub fn balloon(qemus: &Qemus) -> String {
+    format!(
+        "-device virtio-balloon-pci -qmp unix:{},server=on,wait=off",
+        qemus.qmp("balloon").display()
+    )
+}
+
 /// The size that QEMU `name`'s guest has left itself once it is `wanted`; it goes there bit by bit.
 pub fn set_balloon(qemus: &Qemus, name: &str, mib: u64) {
     let bytes = mib * MIB;

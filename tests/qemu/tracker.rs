@@ -12,7 +12,7 @@ use crate::common::wait_for;
 use crate::copy::Copy;
 use crate::guest::{Qemus, Shape, can_move};
 use crate::load::{PAST_CACHE, THROUGH_CACHE, with_load};
-use crate::surroundings::set_balloon;
+use crate::surroundings::{balloon, set_balloon};
 
 const SHAPE: Shape = Shape {
     memory_mib: 256,
@@ -29,11 +29,7 @@ fn what_a_tracker_reports_is_all_that_is_written() {
     }
     let mut qemus = Qemus::new(SHAPE);
     with_load(&mut qemus, THROUGH_CACHE);
-    // One more socket: a source has the other one to itself.
-    qemus.devices += &format!(
-        " -device virtio-balloon-pci -qmp unix:{},server=on,wait=off",
-        qemus.qmp("balloon").display()
-    );
+    qemus.devices += &format!(" {}", balloon(&qemus));
     let _qemu = qemus.start("a");
     let source = Source::connect(&qemus.qmp("a")).unwrap();
     let ram = File::open(qemus.ram().join("a")).unwrap();
