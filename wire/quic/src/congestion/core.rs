@@ -1,7 +1,10 @@
 //! The push's congestion controller, without clock and connection. Times are since any fixed instant.
 
+mod start;
+
 use std::time::Duration;
 
+use self::start::{EndedStart, START_DELAY_MIN, START_LOSS};
 use super::cubic::Cubic;
 use super::filter::{RecentMin, RecentRate, Rounds};
 
@@ -29,19 +32,6 @@ const GAIN: f64 = 0.5;
 /// faster and faster beyond that.
 const HASTE_AFTER: u32 = 2;
 const HASTE_LATE: u32 = 6;
-
-/// Queueing that ends the start: an eighth of the round trip within these bounds (HyStart++, RFC 9406, section 4.2).
-const START_DELAY_MIN: Duration = Duration::from_millis(2);
-const START_DELAY_MAX: Duration = Duration::from_millis(8);
-
-/// Packets of a round before its delay says something.
-const START_PACKETS: f64 = 16.0;
-
-/// How far the start goes beyond the path: a doubling, and what comes until the queue is seen.
-const START_OVERSHOOT: f64 = 2.5;
-
-/// A round's share of lost packets that ends the start; the path's own errors may be as many as half of that.
-const START_LOSS: f64 = 0.06;
 
 /// A round's share of lost packets that no error of the path explains.
 const HEAVY_LOSS: f64 = 0.1;
@@ -121,16 +111,6 @@ enum Phase {
         since: Duration,
         lost_at: Duration,
     },
-}
-
-/// A start that was ended by the round trip of one packet.
-#[derive(Clone, Copy, Debug)]
-struct EndedStart {
-    /// When that packet left, and when it was acknowledged.
-    sent: Duration,
-    at: Duration,
-    /// The window then.
-    window: f64,
 }
 
 /// What happened until a packet that left after the round began was acknowledged.
@@ -265,20 +245,7 @@ impl Core {
         self.round.idle |= app_limited;
         self.doubt_end_of_start(sent, rtt);
         if matches!(self.phase, Phase::Start) {
-            let used = self.rate.get() * self.rtt.as_secs_f64();
-            if !app_limited && self.window < (4.0 * used).max(self.window_first) {
-                self.window += bytes as f64;
-            }
-            // Few packets far apart are acknowledged late; that is no queue.
-            let dense = self.is_dense(&self.round);
-            if dense && self.queueing() > self.start_delay() {
-                self.ended_start = Some(EndedStart {
-                    sent,
-                    at: now,
-                    window: self.window,
-                });
-                self.end_start(now);
-            }
+            self.go_on_starting(now, sent, bytes, app_limited);
         }
         if sent >= self.round.began && now >= self.round.began + ROUND_MIN {
             self.end_round(now);
@@ -303,38 +270,6 @@ impl Core {
             *lost_at = now;
             cubic.on_loss(now, self.window);
             self.window = cubic.window(now, self.rtt);
-        }
-    }
-
-    /// The queue that ended the start grows until the smaller window tells. Where a packet of the larger one met none, it was
-    /// none: a process that gets no processor for some milliseconds, at either end, makes round trips longer too.
-    fn doubt_end_of_start(&mut self, sent: Duration, rtt: Duration) {
-        let Some(ended) = self.ended_start else {
-            return;
-        };
-        let base = self.base.get().unwrap_or_default();
-        if sent >= ended.at || !matches!(self.phase, Phase::Steady) {
-            self.ended_start = None;
-        } else if sent > ended.sent && rtt < base + self.start_delay() / 4 {
-            self.ended_start = None;
-            self.phase = Phase::Start;
-            self.window = self.window.max(ended.window);
-        }
-    }
-
-    fn end_start(&mut self, now: Duration) {
-        self.cut_at = now;
-        self.phase = Phase::Steady;
-        self.queues.clear();
-        let base = self.base.get().unwrap_or_default().as_secs_f64();
-        // The rounds so far were short of the path's rate; what came last is closest.
-        let rate = self.rate.get().max(self.rates.max());
-        if rate > 0.0 {
-            self.rates.clear();
-            self.rates.insert(rate);
-            // A window that doubles has not gone farther than this.
-            let least = self.window / START_OVERSHOOT;
-            self.window = self.window.min(rate * base + self.target()).max(least);
         }
     }
 
@@ -566,11 +501,6 @@ impl Core {
         (RIVAL_DELAY + Duration::from_secs_f64(long)).mul_f64(doubt)
     }
 
-    fn start_delay(&self) -> Duration {
-        let base = self.base.get().unwrap_or_default();
-        (base / 8).clamp(START_DELAY_MIN, START_DELAY_MAX)
-    }
-
     fn queueing(&self) -> Duration {
         let base = self.base.get().unwrap_or_default();
         self.standing.get().unwrap_or_default().saturating_sub(base)
@@ -584,11 +514,6 @@ impl Core {
         let base = self.base.get().unwrap_or_default();
         self.queueing()
             .saturating_sub(SLACK.min(base / SLACK_SHARE))
-    }
-
-    /// Whether a round's packets are enough to say something.
-    fn is_dense(&self, round: &Round) -> bool {
-        round.acked > START_PACKETS * self.packet
     }
 
     /// Bytes that the path holds without a queue.
