@@ -36,7 +36,10 @@ fuzz_target!(|data: &[u8]| {
                     assert!(map.data_pages() <= pages);
                 }
             }
-            ToDestination::Joined | ToDestination::Running { .. } | ToDestination::Released => {}
+            ToDestination::Joined
+            | ToDestination::Running { .. }
+            | ToDestination::Released
+            | ToDestination::RecordTouches => {}
         }
     }
 });

@@ -4,7 +4,7 @@
 
 use lazyvm_fuzz::{check_text, checked_messages};
 use lazyvm_wire::PageMap;
-use lazyvm_wire::control::{HELLO_MAX, Hello, ToSource, to_source_max};
+use lazyvm_wire::control::{HELLO_MAX, Hello, TOUCHED_MAX, ToSource, to_source_max};
 use libfuzzer_sys::fuzz_target;
 
 const IMAGE_PAGES: u64 = 1 << 18;
@@ -26,6 +26,7 @@ fuzz_target!(|data: &[u8]| {
                     assert_eq!(map.bits().len() as u64, IMAGE_PAGES);
                 }
             }
+            ToSource::Touched { pages } => assert!(pages.len() <= TOUCHED_MAX),
             ToSource::Ready { .. }
             | ToSource::Started
             | ToSource::Progress { .. }

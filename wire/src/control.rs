@@ -16,6 +16,7 @@ use crate::layout::Layout;
 use crate::ledger::{Version, VersionRange};
 use crate::machine::{COMPATIBILITY_MAX, MachineOffer, STATE_MAX};
 use crate::map::{PAGE_MAP_BYTES_MAX, page_map_bytes_max};
+use crate::page::PageIndex;
 use crate::text;
 use crate::ticket::{Secret, SessionId};
 
@@ -35,9 +36,15 @@ pub fn switchover_max(pages: u64) -> usize {
     STATE_MAX + page_map_bytes_max(pages) + HELD_BYTES_MAX + 4096
 }
 
+/// Most pages of a [`ToSource::Touched`].
+pub const TOUCHED_MAX: usize = 8192;
+
+/// Bytes of a page's index at most.
+const INDEX_BYTES_MAX: usize = 10;
+
 /// Largest [`ToSource`] of an image of `pages` pages, in bytes.
 pub fn to_source_max(pages: u64) -> usize {
-    TEXT_MAX + page_map_bytes_max(pages) + 64
+    TEXT_MAX.max(TOUCHED_MAX * INDEX_BYTES_MAX) + page_map_bytes_max(pages) + 64
 }
 
 /// What a connection is for.
@@ -99,6 +106,12 @@ pub enum ToSource {
             deserialize_with = "bounded::bytes::<_, PAGE_MAP_BYTES_MAX>"
         )]
         missing: Vec<u8>,
+    },
+    /// The answer to [`ToDestination::RecordTouches`], once.
+    Touched {
+        /// Which pages the machine touched first, in that order; [`TOUCHED_MAX`] at most.
+        #[serde(deserialize_with = "bounded::vec::<_, _, TOUCHED_MAX>")]
+        pages: Vec<PageIndex>,
     },
 }
 
@@ -196,6 +209,8 @@ pub enum ToDestination {
     },
     /// The answer to [`ToSource::Complete`] and the last message: the source has let go.
     Released,
+    /// Before the switchover: the source would like to hear which pages the machine touches first.
+    RecordTouches,
 }
 
 /// A breach of the control stream's form. Nothing after it can be trusted.

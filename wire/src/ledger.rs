@@ -44,10 +44,18 @@ pub const LEDGER: &[Entry] = &[
         changes: "a machine that stands still anyway (a snapshot) is handed over at once: a switchover that does not \
                   wait for ready. No bytes have changed, and version 3 is spoken still",
     },
+    Entry {
+        version: TOUCHES_RECORDED,
+        changes: "which pages a machine touches first is recorded for those after it (record touches, touched). Earlier \
+                  messages are as they were, and versions 3 and 4 are spoken still",
+    },
 ];
 
 /// From this version on a destination takes a switchover before it has said that it is ready.
 pub const SWITCHOVER_AHEAD: Version = Version(4);
+
+/// From this version on a destination may be asked which pages the machine touches.
+pub const TOUCHES_RECORDED: Version = Version(5);
 
 /// Versions that a side speaks, from `min` to `max`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,7 +69,7 @@ pub struct VersionRange {
 /// What this build speaks.
 pub const SUPPORTED: VersionRange = VersionRange {
     min: Version(3),
-    max: Version(4),
+    max: Version(5),
 };
 
 impl VersionRange {

@@ -1,9 +1,12 @@
 //! Fields that are longer than theirs may be, in messages that are not.
 
 use lazyvm_wire::control::{
-    CONTROL_MAX, ControlError, Decoder, SWITCHOVER_MAX, TEXT_MAX, ToDestination, ToSource, encode,
+    CONTROL_MAX, ControlError, Decoder, SWITCHOVER_MAX, TEXT_MAX, TOUCHED_MAX, ToDestination,
+    ToSource, encode, to_source_max,
 };
-use lazyvm_wire::{COMPATIBILITY_MAX, KIND_MAX, Layout, REGION_NAME_MAX, REGIONS_MAX, STATE_MAX};
+use lazyvm_wire::{
+    COMPATIBILITY_MAX, KIND_MAX, Layout, PageIndex, REGION_NAME_MAX, REGIONS_MAX, STATE_MAX,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -29,6 +32,18 @@ fn a_text_is_as_long_as_allowed_and_no_longer() {
         decode_as::<ToSource>(&too_long),
         Err(ControlError::Malformed)
     );
+}
+
+#[test]
+fn as_many_touched_pages_as_allowed_and_no_more() {
+    const TOUCHED: u8 = 6;
+    let pages = |count: usize| decode_as::<ToSource>(&(TOUCHED, vec![u64::MAX; count]));
+    let most = ToSource::Touched {
+        pages: vec![PageIndex(u64::MAX); TOUCHED_MAX],
+    };
+    assert_eq!(pages(TOUCHED_MAX), Ok(most.clone()));
+    assert_eq!(pages(TOUCHED_MAX + 1), Err(ControlError::Malformed));
+    assert!(encode(&most).unwrap().len() <= to_source_max(0));
 }
 
 #[test]

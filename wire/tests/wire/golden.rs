@@ -64,6 +64,7 @@ fn to_source() {
         "02000000 04 00",
         "03000000 04 01 01",
         "0d000000 05 0b 0206 00 01 9f01 8004 8f04 01",
+        "06000000 06 03 07 ac02 01",
     ];
     let messages = samples::to_source();
     assert_eq!(messages.len(), golden.len());
@@ -83,6 +84,7 @@ fn to_destination() {
         "1b000000 03 05 0102030405 0b 0206 00 01 9f01 8004 8f04 01 06 030201 000102 01",
         "03000000 04 b960",
         "01000000 05",
+        "01000000 06",
         // The rejections, which are the same for ever.
         "02000000 02 00",
         "02000000 02 01",

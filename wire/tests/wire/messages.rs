@@ -9,7 +9,7 @@ use lazyvm_wire::control::{
     ToDestination, ToSource, Welcome, encode, switchover_max,
 };
 use lazyvm_wire::ledger::{LEDGER, SUPPORTED, Version, VersionRange};
-use lazyvm_wire::{Layout, MachineOffer};
+use lazyvm_wire::{Layout, MachineOffer, PageIndex};
 use proptest::prelude::*;
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -43,10 +43,11 @@ fn every_message_to_the_source_comes_back() {
             | ToSource::Started
             | ToSource::Progress { .. }
             | ToSource::Complete { .. }
-            | ToSource::Rejoin { .. } => assert_carried(message, CONTROL_MAX),
+            | ToSource::Rejoin { .. }
+            | ToSource::Touched { .. } => assert_carried(message, CONTROL_MAX),
         }
     }
-    assert_eq!(kinds(&messages).len(), 6);
+    assert_eq!(kinds(&messages).len(), 7);
 }
 
 #[test]
@@ -58,11 +59,12 @@ fn every_message_to_the_destination_comes_back() {
             | ToDestination::Joined
             | ToDestination::Rejected(_)
             | ToDestination::Running { .. }
-            | ToDestination::Released => assert_carried(message, CONTROL_MAX),
+            | ToDestination::Released
+            | ToDestination::RecordTouches => assert_carried(message, CONTROL_MAX),
             ToDestination::Switchover(_) => assert_carried(message, switchover_max(1200)),
         }
     }
-    assert_eq!(kinds(&messages).len(), 6);
+    assert_eq!(kinds(&messages).len(), 7);
 }
 
 #[test]
@@ -154,6 +156,8 @@ fn any_to_source() -> impl Strategy<Value = ToSource> {
         any::<u64>().prop_map(|pages_here| ToSource::Progress { pages_here }),
         any::<Option<bool>>().prop_map(|verified| ToSource::Complete { verified }),
         prop::collection::vec(any::<u8>(), 0..300).prop_map(|missing| ToSource::Rejoin { missing }),
+        prop::collection::vec(any::<u64>().prop_map(PageIndex), 0..300)
+            .prop_map(|pages| ToSource::Touched { pages }),
     ]
 }
 
@@ -193,6 +197,7 @@ fn any_to_destination() -> impl Strategy<Value = ToDestination> {
         text().prop_map(|text| ToDestination::Rejected(Rejection::Machine(text))),
         text().prop_map(|text| ToDestination::Rejected(Rejection::Protocol(text))),
         any::<u64>().prop_map(|downtime_us| ToDestination::Running { downtime_us }),
+        Just(ToDestination::RecordTouches),
     ]
 }
 

@@ -108,6 +108,9 @@ pub fn to_source() -> Vec<ToSource> {
         ToSource::Rejoin {
             missing: page_map().encode(),
         },
+        ToSource::Touched {
+            pages: [7, 300, 1].map(PageIndex).to_vec(),
+        },
     ]
 }
 
@@ -125,6 +128,7 @@ pub fn to_destination() -> Vec<ToDestination> {
             downtime_us: 12_345,
         },
         ToDestination::Released,
+        ToDestination::RecordTouches,
     ];
     messages.extend(rejections().into_iter().map(ToDestination::Rejected));
     messages
