@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use lazyvm_wire::held::HeldRun;
-use lazyvm_wire::{Layout, PageRange};
+use lazyvm_wire::{Layout, PageIndex, PageRange};
 use quinn::Connection;
 use tokio::sync::Notify;
 
 use crate::demand::RequestQueue;
 use crate::install::{InstallError, Installed, Installer};
 use crate::report::Statistics;
+use crate::touches::Touches;
 use crate::verify::Verifier;
 
 /// A unit that can't be brought now.
@@ -50,6 +51,7 @@ pub(crate) struct Core {
     pub statistics: Arc<Statistics>,
     pub verifier: Option<Arc<Verifier>>,
     pub supply: Supply,
+    pub touches: Touches,
     /// Something may have been the last that was missing or not compared.
     pub all_here: Arc<Notify>,
     connections: Mutex<Vec<Connection>>,
@@ -80,6 +82,7 @@ impl Core {
             statistics,
             verifier,
             supply,
+            touches: Touches::default(),
             all_here,
             connections: Mutex::default(),
         }
@@ -105,7 +108,11 @@ impl Core {
         data: &[u8],
         origin: Origin,
     ) -> Result<Installed, InstallError> {
-        let installed = self.installer.install(range, data)?;
+        let installed = if origin == Origin::Push && self.touches.are_recorded() {
+            self.installer.set_aside(range, data)?
+        } else {
+            self.installer.install(range, data)?
+        };
         // What came is compared even where it is not needed any more: nothing else will come for pages given back.
         if let Some(verifier) = &self.verifier {
             verifier.installed(range, data);
@@ -139,6 +146,21 @@ impl Core {
     pub fn map_held(&self) -> Result<(), RequestError> {
         self.installer.map_held()?;
         self.request_lost()
+    }
+
+    /// Records which pages are touched from now on, where a touch of what has come already can be seen.
+    pub fn record_touches(&self) {
+        if self.installer.takes_early() {
+            self.installer.map_one_by_one(true);
+            self.touches.begin();
+        }
+    }
+
+    /// Ends that; gives them where they were recorded. Pages that were not touched are to be mapped.
+    pub fn end_record(&self) -> Option<Vec<PageIndex>> {
+        let touched = self.touches.end()?;
+        self.installer.map_one_by_one(false);
+        Some(touched)
     }
 
     /// Asks for pages that were here and are lost.

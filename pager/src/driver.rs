@@ -20,7 +20,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::MissedTickBehavior;
 
 use self::lanes::spawn_demand;
-use self::memory::all_here;
+use self::memory::{all_here, recorded};
 use crate::connect::{ConnectError, Credentials, Link};
 use crate::core::Core;
 use crate::error::PagerError;
@@ -105,6 +105,10 @@ pub(crate) struct Driver {
     pub waiting: Option<Arc<Switchover>>,
     /// The page map, until the verifier knows of the pages that it has made zero.
     pub zeros: Option<PageMap>,
+    /// The source would like to hear which pages are touched first.
+    pub records: bool,
+    /// Until when they are recorded, once the machine runs.
+    pub recorded_until: Option<Instant>,
     /// What the source last said when it let nobody in.
     pub rejection: Option<Rejection>,
 }
@@ -174,7 +178,12 @@ impl Driver {
                     self.on_command(command, &link, &mut lanes).await?
                 }
                 () = all_here(core.as_deref()), if *self.handover.phase() == Phase::Running => {
+                    self.end_record(&mut link).await?;
                     self.complete().await
+                }
+                () = recorded(core.as_deref(), self.recorded_until), if self.recorded_until.is_some() => {
+                    self.end_record(&mut link).await?;
+                    None
                 }
                 () = all_here(core.as_deref()), if self.waiting.is_some() => {
                     self.stop_waiting();
@@ -210,7 +219,7 @@ impl Driver {
         Ok(Some(match command {
             Some(Command::Take(core)) => {
                 core.count_bytes_of(&link.connection);
-                self.core = Some(core.clone());
+                self.take_core(core.clone());
                 self.open_bulk(&core, lanes).await?;
                 return self.prepared(link, lanes);
             }
@@ -238,9 +247,7 @@ impl Driver {
                 self.statistics
                     .resumed_at_us
                     .store(self.statistics.since_start_us(), Ordering::Relaxed);
-                if let Some(core) = self.core.clone() {
-                    self.map_held(&core);
-                }
+                self.started();
                 Event::Started
             }
             Some(Command::Refuse(reason)) => self.refusal(reason),
@@ -303,6 +310,12 @@ impl Driver {
             ToDestination::Rejected(rejection) => {
                 self.rejection = Some(rejection);
                 Ok(Some(Event::Rejected))
+            }
+            ToDestination::RecordTouches => {
+                if matches!(self.handover.phase(), Phase::Preparing | Phase::Asking) {
+                    self.record_touches();
+                }
+                Ok(None)
             }
             ToDestination::Welcome(_) | ToDestination::Joined => Ok(None),
         }

@@ -49,13 +49,18 @@ pub(crate) async fn watch(core: Arc<Core>) -> io::Result<()> {
 }
 
 fn handle(core: &Arc<Core>, page: PageIndex, now: Instant) {
-    let result = match core.installer.fault(page) {
+    let outcome = core.installer.fault(page);
+    // What is zero takes nothing from the source.
+    if !matches!(outcome, Ok(FaultOutcome::Served)) {
+        core.touches.add(page);
+    }
+    let result = match outcome {
         Ok(FaultOutcome::Request(unit)) => {
             core.statistics.fault(unit.first, now);
             core.request(unit)
         }
         Ok(FaultOutcome::Waiting) => Ok(()),
-        Ok(FaultOutcome::Served) => core.request_lost(),
+        Ok(FaultOutcome::Served | FaultOutcome::Mapped) => core.request_lost(),
         Err(error) => Err(error.into()),
     };
     if let Err(error) = result {

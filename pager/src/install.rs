@@ -66,6 +66,8 @@ pub enum FaultOutcome {
     Waiting,
     /// Served here and now.
     Served,
+    /// Served with what came ahead of the touch.
+    Mapped,
 }
 
 /// Something that the userfaultfd reported.
@@ -192,7 +194,8 @@ impl Installer {
         let mut patience = Patience::new();
         loop {
             let guard = self.guard.install();
-            let served = match self.table.fault(page) {
+            let action = self.table.fault(page);
+            let served = match action {
                 Some(FaultAction::Request(unit)) => return Ok(FaultOutcome::Request(unit)),
                 Some(FaultAction::AlreadyRequested) => return Ok(FaultOutcome::Waiting),
                 Some(FaultAction::Wake) => self.filler.settle(unit),
@@ -201,6 +204,7 @@ impl Installer {
                 None => return Err(InstallError::NotWholeUnits(unit)),
             };
             match served {
+                Ok(()) if action == Some(FaultAction::Map) => return Ok(FaultOutcome::Mapped),
                 Ok(()) => return Ok(FaultOutcome::Served),
                 Err(Cause::EventUnread) => {
                     drop(guard);
@@ -308,11 +312,7 @@ impl Installer {
     }
 
     fn install_checked(&self, range: PageRange, data: &[u8]) -> Result<Installed, InstallError> {
-        let run_max = if self.guard.is_on() {
-            RUN_PAGES_WITH_REMOVALS
-        } else {
-            u64::MAX
-        };
+        let run_max = self.run_max();
         let mut patience = Patience::new();
         let mut pages = 0;
         let mut rest = range;
@@ -344,6 +344,15 @@ impl Installer {
             self.wake(range)?;
         }
         Ok(Installed { pages, dropped })
+    }
+
+    /// Pages that are put in place in one go.
+    fn run_max(&self) -> u64 {
+        if self.guard.is_on() {
+            RUN_PAGES_WITH_REMOVALS
+        } else {
+            u64::MAX
+        }
     }
 
     /// Fills a claimed run, and gives up the claim on what could not be.

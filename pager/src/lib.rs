@@ -52,6 +52,7 @@ mod slots;
 mod stage;
 mod sys;
 pub mod table;
+mod touches;
 pub mod uffd;
 mod verify;
 

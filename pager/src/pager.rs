@@ -85,6 +85,8 @@ pub fn connect(ticket: &Ticket, options: Options) -> Result<Offer, PagerError> {
         alone: false,
         waiting: None,
         zeros: None,
+        records: false,
+        recorded_until: None,
         rejection: None,
     };
     let (answer, answered) = std::sync::mpsc::channel();

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lazyvm_quic::describe;
-use lazyvm_wire::control::Switchover;
+use lazyvm_wire::control::{Switchover, ToSource};
 use lazyvm_wire::{PageMap, held};
 use tokio::task::JoinSet;
 
@@ -17,7 +17,56 @@ use crate::handover::Event;
 use crate::pager::watch as watch_faults;
 use crate::stage::Stage;
 
+/// How long is recorded which pages a machine touches, once it runs: until it is as fast as it was before. Each page that has
+/// come by then costs it a fault.
+const RECORD_FOR: Duration = Duration::from_millis(1500);
+
 impl Driver {
+    /// The memory is there.
+    pub(super) fn take_core(&mut self, core: Arc<Core>) {
+        if self.records {
+            core.record_touches();
+        }
+        self.core = Some(core);
+    }
+
+    /// The source would like to hear which pages are touched.
+    pub(super) fn record_touches(&mut self) {
+        self.records = true;
+        if let Some(core) = &self.core {
+            core.record_touches();
+        }
+    }
+
+    /// The machine runs: what came early is mapped, at once or when it is known what was touched of it.
+    pub(super) fn started(&mut self) {
+        let Some(core) = self.core.clone() else {
+            return;
+        };
+        if core.touches.are_recorded() {
+            self.recorded_until = Some(Instant::now() + RECORD_FOR);
+        } else {
+            self.map_held(&core);
+        }
+    }
+
+    /// Tells the source which pages were touched first.
+    pub(super) async fn end_record(&mut self, link: &mut Link) -> Result<(), Lost> {
+        self.recorded_until = None;
+        let Some(core) = self.core.clone() else {
+            return Ok(());
+        };
+        if let Some(pages) = core.end_record() {
+            self.map_held(&core);
+            tracing::debug!(
+                pages = pages.len(),
+                "what the machine touched first is recorded"
+            );
+            link.sender.send(&ToSource::Touched { pages }).await?;
+        }
+        Ok(())
+    }
+
     /// Takes the page map in: what it does not name is zero.
     pub(super) fn take_over(&mut self, core: &Core, switchover: &Switchover) -> Result<(), Lost> {
         let start = Instant::now();
@@ -95,7 +144,7 @@ impl Driver {
         let Some(unplaced) = self.unplaced.take() else {
             return Ok(());
         };
-        self.core = Some(core.clone());
+        self.take_core(core.clone());
         core.count_bytes_of(&link.connection);
         if let Some(bulk) = &unplaced.bulk {
             core.count_bytes_of(bulk);
@@ -148,6 +197,14 @@ impl Driver {
         core.check_all_here();
         None
     }
+}
+
+pub(super) async fn recorded(core: Option<&Core>, until: Option<Instant>) {
+    let (Some(core), Some(until)) = (core, until) else {
+        return std::future::pending().await;
+    };
+    // Either ends it.
+    let _ = tokio::time::timeout_at(until.into(), core.touches.full()).await;
 }
 
 pub(super) async fn all_here(core: Option<&Core>) {

@@ -15,7 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use lazyvm_wire::held::HeldRun;
 use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange};
 
-use super::{InstallError, Installer, block_around};
+use super::{InstallError, Installed, Installer, block_around};
 use crate::fill::Cause;
 use crate::memory::InstallMode;
 use crate::removal::Patience;
@@ -48,6 +48,8 @@ pub(super) struct Early {
     lost: Mutex<Vec<PageRange>>,
     /// The memory is complete and is being let go of: held pages need not be mapped any more, nor can they be.
     let_go: AtomicBool,
+    /// A touch maps its own unit and none around it.
+    one_by_one: AtomicBool,
 }
 
 /// What became of pages that came early.
@@ -164,6 +166,48 @@ impl Installer {
         Ok(here.iter().map(|range| range.count).sum())
     }
 
+    /// Whether a touch of a held page maps that alone, so that the next touch beside it is seen too.
+    pub fn map_one_by_one(&self, alone: bool) {
+        self.early.one_by_one.store(alone, Ordering::Relaxed);
+    }
+
+    /// Like [`Self::install`], but what nobody waits for is held until it is touched: so each touch is seen. For memory that
+    /// [takes pages early](Self::takes_early).
+    ///
+    /// # Errors
+    /// As [`Self::install`].
+    pub fn set_aside(&self, range: PageRange, data: &[u8]) -> Result<Installed, InstallError> {
+        self.check(range, data.len())?;
+        let mut pages = 0;
+        let mut rest = range;
+        loop {
+            let _guard = self.guard.install();
+            let Some(run) = self.table.claim_run(rest, self.run_max()) else {
+                break;
+            };
+            let written = self.filler.write_aside(run, part_of(range, data, run));
+            self.table.release(run);
+            if let Err(cause) = written {
+                self.wake(run)?;
+                return Err(InstallError::of(run, cause));
+            }
+            for waited_for in self.table.mark_held(run) {
+                match self.map_claimed(waited_for) {
+                    // It is marked as held now, so those who wait only have to touch it again.
+                    Ok(()) | Err(Cause::EventUnread) => {}
+                    Err(cause) => return Err(InstallError::of(waited_for, cause)),
+                }
+            }
+            pages += run.count;
+            rest = after(rest, run);
+        }
+        let dropped = range.count - pages;
+        if dropped > 0 {
+            self.wake(range)?;
+        }
+        Ok(Installed { pages, dropped })
+    }
+
     /// Maps all held pages, before they are touched.
     ///
     /// # Errors
@@ -215,7 +259,11 @@ impl Installer {
 
     /// Maps a touched held unit and its held neighbours; the guard is held.
     pub(super) fn map_around(&self, unit: PageRange) -> Result<(), Cause> {
-        let mut rest = block_around(unit);
+        let mut rest = if self.early.one_by_one.load(Ordering::Relaxed) {
+            unit
+        } else {
+            block_around(unit)
+        };
         while let Some(run) = self.table.claim_held_run(rest, u64::MAX) {
             self.map_claimed(run)?;
             rest = after(rest, run);
