@@ -11,7 +11,7 @@ use lazyvm_quic::{
     close_code, control_stream,
 };
 use lazyvm_wire::control::{HELLO_MAX, Hello, Lane, Rejection, ToDestination};
-use lazyvm_wire::ledger::{SUPPORTED, SWITCHOVER_AHEAD, Version};
+use lazyvm_wire::ledger::{SUPPORTED, Version};
 use lazyvm_wire::trust::{Fingerprint, Identity};
 use lazyvm_wire::{Secret, SessionId, Ticket};
 use quinn::rustls::pki_types::CertificateDer;
@@ -490,8 +490,7 @@ impl Guest {
         } = self;
         match lane {
             Lane::Fault => {
-                let ahead = version >= Some(SWITCHOVER_AHEAD);
-                fault::converse(&session, &connection, ahead, sender, receiver).await;
+                fault::converse(&session, &connection, version, sender, receiver).await;
             }
             Lane::Bulk => serve_bulk(&session, &connection).await,
         }

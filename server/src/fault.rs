@@ -9,6 +9,7 @@ use lazyvm_quic::{
 };
 use lazyvm_wire::control::{Lane, Rejection, ToDestination, ToSource, to_source_max};
 use lazyvm_wire::frame::{FaultRequest, FrameError, REQUEST_LEN};
+use lazyvm_wire::ledger::{SWITCHOVER_AHEAD, TOUCHES_RECORDED, Version};
 use quinn::{Connection, ReadExactError, RecvStream, SendStream, VarInt, WriteError};
 use tokio::task::JoinSet;
 
@@ -19,12 +20,11 @@ use crate::warm_up::warm_up;
 /// Time for a destination that was told all to close its connection.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// Holds the conversation with the session's destination until it is over or the connection is lost. With `ahead`, the
-/// destination takes a switchover before it is ready.
+/// Holds the conversation with the session's destination, in this version, until it is over or the connection is lost.
 pub(crate) async fn converse(
     session: &Arc<Session>,
     connection: &Connection,
-    ahead: bool,
+    version: Option<Version>,
     mut sender: ControlSender,
     mut receiver: ControlReceiver,
 ) {
@@ -33,10 +33,11 @@ pub(crate) async fn converse(
     let mut conversation = Conversation {
         session,
         connection,
+        version,
         sender: &mut sender,
         is_sent: false,
     };
-    let end = conversation.run(&mut receiver, ahead).await;
+    let end = conversation.run(&mut receiver).await;
     match end {
         Ok(()) => {
             sender.finish().await;
@@ -51,6 +52,7 @@ pub(crate) async fn converse(
             let mut conversation = Conversation {
                 session,
                 connection,
+                version,
                 sender: &mut sender,
                 is_sent: false,
             };
@@ -68,20 +70,26 @@ pub(crate) async fn converse(
 struct Conversation<'a> {
     session: &'a Arc<Session>,
     connection: &'a Connection,
+    /// Both speak it.
+    version: Option<Version>,
     sender: &'a mut ControlSender,
     /// The switchover was sent over this connection.
     is_sent: bool,
 }
 
 impl Conversation<'_> {
-    async fn run(
-        &mut self,
-        receiver: &mut ControlReceiver,
-        ahead: bool,
-    ) -> Result<(), ControlStreamError> {
+    async fn run(&mut self, receiver: &mut ControlReceiver) -> Result<(), ControlStreamError> {
         let limit = to_source_max(self.session.config.machine.layout().pages());
         // Dropped with the conversation, which ends it.
         let mut warming = JoinSet::new();
+        if self.version >= Some(TOUCHES_RECORDED)
+            && self.session.phase() == Phase::Offered
+            && let Some(profile) = &self.session.profile
+            && profile.wants_record()
+        {
+            self.sender.send(&ToDestination::RecordTouches).await?;
+        }
+        let ahead = self.version >= Some(SWITCHOVER_AHEAD);
         let at_once = ahead && self.session.config.machine.stands_still();
         if at_once && self.session.phase() == Phase::Offered {
             self.take(Event::Ready).await?;
@@ -130,6 +138,15 @@ impl Conversation<'_> {
                         tracing::error!(session = %self.session.id, "the destination found pages that differ");
                     }
                     Event::Complete
+                }
+                ToSource::Touched { pages } => {
+                    let session = self.session.clone();
+                    tokio::task::spawn_blocking(move || {
+                        if let Some(profile) = &session.profile {
+                            profile.touched(pages);
+                        }
+                    });
+                    continue;
                 }
                 ToSource::Rejoin { missing } => {
                     if self.session.push_missing(&missing).is_err() {

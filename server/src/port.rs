@@ -123,6 +123,12 @@ pub trait Profile: Send + Sync {
     /// lane: must not block.
     fn demanded(&self, range: PageRange, gone: Option<u64>);
 
+    /// Whether it is worth what it costs this session's destination to record which pages its machine touches. Says so once.
+    fn wants_record(&self) -> bool;
+
+    /// The destination has recorded that: these, in this order. May block.
+    fn touched(&self, pages: Vec<PageIndex>);
+
     /// The destination has everything: what was heard may be kept. May block.
     fn finished(&self);
 }

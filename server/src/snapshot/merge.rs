@@ -20,6 +20,13 @@ pub(super) struct Demand {
     pub gone: Option<u64>,
 }
 
+/// The profile led by what a resume has recorded that its machine touched, in this order; of at most `most` pages.
+pub(super) fn led(old: &[PageIndex], touched: &[PageIndex], most: usize) -> Vec<PageIndex> {
+    let mut seen = HashSet::new();
+    let pages = touched.iter().chain(old).copied();
+    pages.filter(|&page| seen.insert(page)).take(most).collect()
+}
+
 /// The profile with these demands, in the order in which they came; of at most `most` pages.
 pub(super) fn merged(old: &[PageIndex], demands: &[Demand], most: usize) -> Vec<PageIndex> {
     let places: HashMap<_, _> = (0_usize..).zip(old).map(|(at, page)| (*page, at)).collect();
@@ -97,6 +104,14 @@ mod tests {
         // The end makes room, for an eighth at most.
         assert_eq!(merged(&old, &demands, 8).last(), Some(&PageIndex(91)));
         assert_eq!(merged(&old, &demands, 7), pages([0, 1, 90, 2, 6, 3, 4]));
+    }
+
+    #[test]
+    fn what_was_touched_leads_and_each_page_comes_once() {
+        let old = pages([1, 2, 3, 4]);
+        let touched = pages([9, 3, 9, 1]);
+        assert_eq!(led(&old, &touched, 100), pages([9, 3, 1, 2, 4]));
+        assert_eq!(led(&old, &touched, 4), pages([9, 3, 1, 2]));
     }
 
     fn demands() -> impl Strategy<Value = Vec<Demand>> {

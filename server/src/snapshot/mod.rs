@@ -11,6 +11,7 @@ mod lead;
 mod merge;
 mod profile;
 mod read;
+mod ready;
 mod take;
 mod write;
 

@@ -1,29 +1,50 @@
 //! Which pages earlier resumes of a snapshot needed first, in a file beside it.
 
+use std::collections::HashSet;
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use lazyvm_wire::{PageIndex, PageRange};
 
 use super::file_name;
 use super::format::{self, Manifest, PROFILE_PAGES_MAX, SnapshotId};
-use super::merge::{Demand, merged};
+use super::merge::{Demand, led, merged};
 use crate::port::Profile;
 use crate::session::lock;
 
 /// The profile of a snapshot, for all its sessions.
-#[derive(Debug)]
 pub struct SnapshotProfile {
     path: PathBuf,
     id: SnapshotId,
+    image_pages: u64,
     pages: Mutex<Vec<PageIndex>>,
+    /// A resume records what its machine touches, or one has.
+    is_recorded: AtomicBool,
+    /// Hears of the pages when they have changed.
+    hears: Box<dyn Fn(&[PageIndex]) + Send + Sync>,
+}
+
+impl fmt::Debug for SnapshotProfile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SnapshotProfile")
+            .field("path", &self.path)
+            .field("pages", &lock(&self.pages).len())
+            .finish_non_exhaustive()
+    }
 }
 
 impl SnapshotProfile {
-    /// The profile of the snapshot in `directory`. One that can't be read is none, and a warning says so.
-    pub fn open(directory: &Path, manifest: &Manifest) -> Self {
+    /// The profile of the snapshot in `directory`. One that can't be read is none, and a warning says so. `hears` is told of
+    /// the pages now and whenever they have changed, the first needed first.
+    pub fn open(
+        directory: &Path,
+        manifest: &Manifest,
+        hears: impl Fn(&[PageIndex]) + Send + Sync + 'static,
+    ) -> Self {
         let path = directory.join(file_name("profile-", manifest.id));
         let pages = match fs::read(&path) {
             Ok(bytes) => format::decode_profile(&bytes, manifest).unwrap_or_else(|error| {
@@ -36,10 +57,14 @@ impl SnapshotProfile {
                 Vec::new()
             }
         };
+        hears(&pages);
         Self {
             path,
             id: manifest.id,
+            image_pages: manifest.layout.pages(),
             pages: Mutex::new(pages),
+            is_recorded: AtomicBool::new(false),
+            hears: Box::new(hears),
         }
     }
 
@@ -53,13 +78,18 @@ impl SnapshotProfile {
         Box::new(SessionProfile {
             shared: Arc::clone(self),
             demands: Mutex::default(),
+            touched: Mutex::default(),
+            records: AtomicBool::new(false),
         })
     }
 
-    /// Takes in what a resume waited for. A crash leaves the file as it was or as it is to be.
-    fn learn(&self, demands: &[Demand]) -> io::Result<()> {
+    /// Takes in what a resume's machine touched first, where that was recorded, and what else it waited for. A crash leaves
+    /// the file as it was or as it is to be.
+    fn learn(&self, touched: &[PageIndex], demands: &[Demand]) -> io::Result<()> {
         let mut pages = lock(&self.pages);
+        *pages = led(&pages, touched, PROFILE_PAGES_MAX);
         *pages = merged(&pages, demands, PROFILE_PAGES_MAX);
+        (self.hears)(&pages);
         let beside = self.path.with_extension("new");
         let mut file = File::create(&beside)?;
         file.write_all(&format::encode_profile(self.id, &pages))?;
@@ -71,6 +101,19 @@ impl SnapshotProfile {
 struct SessionProfile {
     shared: Arc<SnapshotProfile>,
     demands: Mutex<Vec<Demand>>,
+    /// What the destination has recorded.
+    touched: Mutex<HashSet<PageIndex>>,
+    /// It was asked to.
+    records: AtomicBool,
+}
+
+impl SessionProfile {
+    fn learn(&self, touched: &[PageIndex], demands: &[Demand]) {
+        if let Err(error) = self.shared.learn(touched, demands) {
+            let path = self.shared.path.display();
+            tracing::warn!(%path, %error, "can't write down which pages this resume needed first");
+        }
+    }
 }
 
 impl Profile for SessionProfile {
@@ -92,14 +135,38 @@ impl Profile for SessionProfile {
         demands.extend(pages.map(|page| Demand { page, gone }));
     }
 
-    fn finished(&self) {
-        let demands = std::mem::take(&mut *lock(&self.demands));
-        if demands.is_empty() {
+    fn wants_record(&self) -> bool {
+        let wants = !self.shared.is_recorded.swap(true, Ordering::Relaxed);
+        self.records.fetch_or(wants, Ordering::Relaxed);
+        wants
+    }
+
+    fn touched(&self, mut pages: Vec<PageIndex>) {
+        pages.retain(|page| page.0 < self.shared.image_pages);
+        if pages.is_empty() {
             return;
         }
-        if let Err(error) = self.shared.learn(&demands) {
-            let path = self.shared.path.display();
-            tracing::warn!(%path, %error, "can't write down which pages this resume needed first");
+        self.records.store(false, Ordering::Relaxed);
+        self.learn(&pages, &[]);
+        lock(&self.touched).extend(pages);
+    }
+
+    fn finished(&self) {
+        let touched = lock(&self.touched);
+        let mut demands = std::mem::take(&mut *lock(&self.demands));
+        // Where those stand among the ones that came in time is known.
+        demands.retain(|demand| !touched.contains(&demand.page));
+        if !demands.is_empty() {
+            self.learn(&[], &demands);
+        }
+    }
+}
+
+/// One that ended before it told anything leaves it to the next.
+impl Drop for SessionProfile {
+    fn drop(&mut self) {
+        if self.records.load(Ordering::Relaxed) {
+            self.shared.is_recorded.store(false, Ordering::Relaxed);
         }
     }
 }

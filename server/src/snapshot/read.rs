@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::thread;
 
 use lazyvm_wire::{Layout, MachineOffer, PAGE_SIZE, PageIndex, PageRange, is_zero};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
@@ -15,6 +16,7 @@ use super::format::{
     Manifest, Place, Stored,
 };
 use super::profile::SnapshotProfile;
+use super::ready::Ready;
 use super::{MANIFEST, SnapshotError, file_name};
 use crate::port::{MachineError, Profile, SourceMachine, SourceMemory};
 use crate::session::lock;
@@ -308,11 +310,12 @@ impl Cache {
     }
 }
 
-/// A snapshot's memory: at most 64 MiB of it are kept.
+/// A snapshot's memory: at most 64 MiB of it are kept, and 32 MiB of what is needed first.
 #[derive(Debug)]
 struct SnapshotMemory {
     snapshot: Snapshot,
     cache: Mutex<Cache>,
+    ready: Ready,
 }
 
 impl SnapshotMemory {
@@ -324,14 +327,20 @@ impl SnapshotMemory {
         lock(&self.cache).put(chunk, Arc::clone(&pages));
         Ok(pages)
     }
-}
 
-impl SourceMemory for SnapshotMemory {
-    fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
-        let is_in = self.snapshot.manifest.layout.contains(range);
-        if !is_in || out.len() as u64 != range.bytes() {
-            return Err(io::ErrorKind::InvalidInput.into());
+    /// Has a thread read these pages, the first needed first, before they are asked for.
+    fn make_ready(self: &Arc<Self>, pages: Vec<PageIndex>) {
+        let memory = Arc::clone(self);
+        let read = move |range: PageRange, out: &mut [u8]| memory.read_chunks(range, out);
+        let memory = Arc::clone(self);
+        let name = "snapshot-ready".to_owned();
+        let thread = thread::Builder::new().name(name);
+        if let Err(error) = thread.spawn(move || memory.ready.keep(&pages, read)) {
+            tracing::warn!(%error, "what clones need first is read only when they ask for it: no thread");
         }
+    }
+
+    fn read_chunks(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
         let mut rest = range;
         let mut out = out;
         while !rest.is_empty() {
@@ -349,6 +358,19 @@ impl SourceMemory for SnapshotMemory {
             rest = PageRange::new(part.end(), rest.count - part.count);
         }
         Ok(())
+    }
+}
+
+impl SourceMemory for SnapshotMemory {
+    fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
+        let is_in = self.snapshot.manifest.layout.contains(range);
+        if !is_in || out.len() as u64 != range.bytes() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        if self.ready.read(range, out) {
+            return Ok(());
+        }
+        self.read_chunks(range, out)
     }
 
     /// Of a huge page, all or nothing.
@@ -401,12 +423,19 @@ impl SnapshotMachine {
     /// [`SnapshotError`].
     pub fn open(directory: &Path) -> Result<Self, SnapshotError> {
         let snapshot = Snapshot::open(directory)?;
+        let memory = Arc::new(SnapshotMemory {
+            snapshot,
+            cache: Mutex::default(),
+            ready: Ready::default(),
+        });
+        let of_profile = Arc::clone(&memory);
+        let manifest = memory.snapshot.manifest();
+        let profile = SnapshotProfile::open(directory, manifest, move |pages| {
+            of_profile.make_ready(pages.to_vec());
+        });
         Ok(Self {
-            profile: Arc::new(SnapshotProfile::open(directory, snapshot.manifest())),
-            memory: Arc::new(SnapshotMemory {
-                snapshot,
-                cache: Mutex::default(),
-            }),
+            profile: Arc::new(profile),
+            memory,
         })
     }
 
