@@ -25,8 +25,10 @@ pub struct SnapshotProfile {
     /// A resume records what its machine touches, or one has.
     is_recorded: AtomicBool,
     /// Hears of the pages when they have changed.
-    hears: Box<dyn Fn(&[PageIndex]) + Send + Sync>,
+    hears: Box<Hears>,
 }
+
+type Hears = dyn Fn(&[PageIndex]) + Send + Sync;
 
 impl fmt::Debug for SnapshotProfile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
