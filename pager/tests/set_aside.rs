@@ -156,7 +156,7 @@ fn pages_that_are_touched_written_and_set_aside_at_once_are_right() {
                         let number = random.below(pages / 2) * 2 + writer;
                         let found = read_page(installer.memory(), number);
                         assert!(found[8..] == image.page(number)[8..], "page {number}");
-                        let mark = (number << 8 | writer).to_ne_bytes();
+                        let mark = ((number << 8) | writer).to_ne_bytes();
                         let place = number * PAGE_SIZE as u64;
                         installer.memory().write_at(place, &mark).expect("a page");
                     }
@@ -183,7 +183,7 @@ fn pages_that_are_touched_written_and_set_aside_at_once_are_right() {
         for number in 0..pages {
             let found = read_page(installer.memory(), number);
             assert!(found[8..] == image.page(number)[8..], "page {number}");
-            let mark = (number << 8 | number % 2).to_ne_bytes();
+            let mark = ((number << 8) | (number % 2)).to_ne_bytes();
             assert!(
                 found[..8] == mark || found[..8] == image.page(number)[..8],
                 "page {number}"
