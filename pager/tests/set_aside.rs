@@ -45,12 +45,19 @@ fn setup(test: &str, kind: Kind) -> Option<Setup> {
     })
 }
 
-const KINDS: [Kind; 4] = [
-    Kind::SharedMinor,
-    Kind::Anonymous,
-    Kind::HugeMinor,
-    Kind::HugeAnonymous,
-];
+/// One after the other for each kind of memory that this machine has, with touches that map one by one.
+fn setups(test: &str) -> impl Iterator<Item = Setup> {
+    let kinds = [
+        Kind::SharedMinor,
+        Kind::Anonymous,
+        Kind::HugeMinor,
+        Kind::HugeAnonymous,
+    ];
+    kinds
+        .into_iter()
+        .filter_map(move |kind| setup(test, kind))
+        .inspect(|setup| setup.installer.map_one_by_one(true))
+}
 
 /// The units of an image, in an order that depends on the seed.
 fn shuffled_units(image: &Image, seed: u64) -> Vec<PageRange> {
@@ -82,17 +89,9 @@ fn next_fault(installer: &Installer) -> (PageIndex, FaultOutcome) {
 #[test]
 fn each_touch_is_seen_in_its_order_and_no_other_page_is_mapped() {
     let test = "each_touch_is_seen_in_its_order_and_no_other_page_is_mapped";
-    for kind in KINDS {
-        let Some(Setup {
-            image,
-            installer,
-            _pool,
-        }) = setup(test, kind)
-        else {
-            continue;
-        };
-        installer.map_one_by_one(true);
-        let mut units = shuffled_units(&image, 3);
+    for setup in setups(test) {
+        let (image, installer) = (&setup.image, &setup.installer);
+        let mut units = shuffled_units(image, 3);
         units.retain(|unit| image.map[unit.first.as_usize()..unit.end().as_usize()].any());
         for &unit in &units {
             let done = installer
@@ -111,7 +110,7 @@ fn each_touch_is_seen_in_its_order_and_no_other_page_is_mapped() {
                 }
             });
             for unit in touched {
-                let seen = next_fault(&installer);
+                let seen = next_fault(installer);
                 assert_eq!(seen, (unit.first, FaultOutcome::Mapped));
             }
             guest.join().expect("the guest");
@@ -123,7 +122,7 @@ fn each_touch_is_seen_in_its_order_and_no_other_page_is_mapped() {
         // The rest comes without a touch.
         installer.map_one_by_one(false);
         installer.map_held().expect("mapped");
-        let handler = Handler::start(&installer, &image);
+        let handler = Handler::start(installer, image);
         for number in 0..image.layout.pages() {
             assert!(read_page(installer.memory(), number) == image.page(number));
         }
@@ -135,19 +134,10 @@ fn each_touch_is_seen_in_its_order_and_no_other_page_is_mapped() {
 #[test]
 fn pages_that_are_touched_written_and_set_aside_at_once_are_right() {
     let test = "pages_that_are_touched_written_and_set_aside_at_once_are_right";
-    for kind in KINDS {
-        let Some(Setup {
-            image,
-            installer,
-            _pool,
-        }) = setup(test, kind)
-        else {
-            continue;
-        };
-        installer.map_one_by_one(true);
-        let handler = Handler::start(&installer, &image);
+    for setup in setups(test) {
+        let (image, installer) = (&setup.image, &setup.installer);
+        let handler = Handler::start(installer, image);
         let pages = image.layout.pages();
-        let (installer, image) = (&installer, &image);
         thread::scope(|scope| {
             for writer in 0..2_u64 {
                 scope.spawn(move || {

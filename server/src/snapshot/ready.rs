@@ -5,9 +5,11 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange};
+
+use crate::session::lock;
 
 /// Most pages that are kept: 32 MiB, which a path of 1 Gbit/s carries in a quarter of a second.
 const PAGES_MAX: usize = 8192;
@@ -32,24 +34,20 @@ impl Ready {
                 kept.insert(page, bytes.into());
             }
         }
-        *self.lock() = kept;
+        *lock(&self.0) = kept;
     }
 
     /// Reads these pages into `out`, which is as long, if all of them are here.
     pub fn read(&self, range: PageRange, out: &mut [u8]) -> bool {
-        let kept = self.lock();
-        range.pages().all(|page| kept.contains_key(&page))
-            && range
-                .pages()
-                .zip(out.chunks_exact_mut(PAGE_SIZE))
-                .all(|(page, out)| {
-                    let found = kept.get(&page);
-                    found.map(|bytes| out.copy_from_slice(bytes)).is_some()
-                })
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Pages> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        let kept = lock(&self.0);
+        let found: Option<Vec<_>> = range.pages().map(|page| kept.get(&page)).collect();
+        let Some(found) = found else {
+            return false;
+        };
+        for (bytes, out) in found.into_iter().zip(out.chunks_exact_mut(PAGE_SIZE)) {
+            out.copy_from_slice(bytes);
+        }
+        true
     }
 }
 
