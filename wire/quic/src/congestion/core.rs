@@ -59,6 +59,12 @@ const SHARE_HASTE_AFTER: u32 = 3;
 /// Drained rounds with the same round trip that make it the path's own.
 const SAME_DRAINS: u32 = 2;
 
+/// A queue that is still there after the window was cut by so many times what of it can be this flow's may be none.
+const CUT_IN_VAIN: f64 = 2.0;
+
+/// Seconds of jitter that make a queue doubtful.
+const CUT_NOISE: f64 = 2.0;
+
 /// Seconds within which a round trip is the same.
 const FLAT_S: f64 = 0.000_5;
 
@@ -166,6 +172,8 @@ pub struct Core {
     queues: Rounds<5>,
     /// The window when the queue became longer than it should be.
     window_ahead: Option<f64>,
+    /// Bytes that the window was cut by since the queue was last short enough.
+    cut_bytes: f64,
     /// Rounds in a row that found the path wider than was known.
     open: u32,
     /// Part of the target that the path's buffer holds.
@@ -202,6 +210,7 @@ impl Core {
             cut_at: Duration::ZERO,
             queues: Rounds::default(),
             window_ahead: None,
+            cut_bytes: 0.0,
             open: 0,
             scale: 1.0,
             own_loss: 0.0,
@@ -353,7 +362,14 @@ impl Core {
         let goal = self.window * base / standing.max(1e-9) + room;
         let most = self.rates.max() * self.rtt.as_secs_f64() + 2.0 * room;
         let most = most.min(2.0 * self.window);
-        self.window = (self.window + GAIN * (goal - self.window)).min(most);
+        let window = (self.window + GAIN * (goal - self.window)).min(most);
+        let cut = std::mem::replace(&mut self.window, window) - window;
+        self.cut_bytes = if cut > 0.0 { self.cut_bytes + cut } else { 0.0 };
+        let queue = standing - base;
+        let is_long = queue > self.target_delay().as_secs_f64() + FLAT_S + CUT_NOISE * self.noise;
+        if is_long && self.cut_bytes > CUT_IN_VAIN * self.rates.max() * queue {
+            self.drain(now, None);
+        }
     }
 
     /// What the path has carried counts for as long as its round trip does. A rival takes from the rate, but not from what the
@@ -372,8 +388,16 @@ impl Core {
         }
     }
 
+    /// Beside a rival, or looking whether it is still there.
     fn is_sharing(&self) -> bool {
-        matches!(self.phase, Phase::Share { .. } | Phase::Drain { .. })
+        matches!(
+            self.phase,
+            Phase::Share { .. }
+                | Phase::Drain {
+                    shared: Some(_),
+                    ..
+                }
+        )
     }
 
     /// Jitter that is left in the standing round trip is no queue, and is not to be fought.
@@ -407,10 +431,11 @@ impl Core {
         }
         let path = self.rate_most * self.base.get().unwrap_or_default().as_secs_f64();
         let ahead = self.window_ahead.get_or_insert(self.window).max(path);
-        if self.rival == Rival::Yield
-            || !self.queues.is_full()
-            || self.queues.min() <= long.as_secs_f64()
-        {
+        if !self.queues.is_full() || self.queues.min() <= long.as_secs_f64() {
+            return false;
+        }
+        if self.rival == Rival::Yield {
+            self.rival_at = Some(now);
             return false;
         }
         self.drain(now, Some(Cubic::new(ahead, self.packet, now)));
@@ -440,9 +465,11 @@ impl Core {
         self.based_at = now;
         self.queues.clear();
         self.window_ahead = None;
+        self.cut_bytes = 0.0;
         self.open = 0;
+        let is_longer = self.is_longer();
         match shared {
-            Some(cubic) if self.queueing() > self.rival_delay() && !self.is_longer() => {
+            Some(cubic) if self.queueing() > self.rival_delay() && !is_longer => {
                 self.window = cubic.window(now, self.rtt);
                 self.phase = Phase::Share {
                     cubic,
@@ -464,7 +491,7 @@ impl Core {
         let same = self.standing_drained.abs_diff(standing) < Duration::from_secs_f64(FLAT_S);
         self.standing_drained = standing;
         self.same_drains = if same { self.same_drains + 1 } else { 0 };
-        let longer = self.same_drains >= SAME_DRAINS;
+        let longer = self.same_drains >= SAME_DRAINS && self.queueing() > self.target_delay();
         if longer {
             self.base = self.standing.clone();
             self.rival_at = None;
@@ -474,7 +501,7 @@ impl Core {
 
     /// A rival hides the path's own round trip.
     fn base_age(&mut self, now: Duration) -> Duration {
-        if self.window_ahead.is_some() || self.is_sharing() {
+        if self.is_sharing() {
             self.rival_at = Some(now);
         }
         if self.rival_at.is_some_and(|at| now > at + HIDDEN_AGE) {

@@ -12,13 +12,14 @@
 //! | the window never far above delivery rate times path delay, whatever the delay says; drained rounds to see the path's own delay again | BBR (Cardwell et al., draft-ietf-ccwg-bbr) |
 //! | the start: doubling until the delay grows by an eighth, and again where a packet of the larger window met no queue | HyStart++ (RFC 9406), whose conservative slow start has the same purpose |
 //! | faster and faster growth while the queue stays empty and the bytes arrive | Copa's velocity |
+//! | a queue that stays although the window was cut by twice as much is looked at in a drained round, as a rival's is: the path may have become longer | own |
 //! | a queue that others fill is shared, by CUBIC's curve, until a drained round finds it gone | Copa's competitive mode, CUBIC (RFC 9438) |
 //!
 //! Lost packets by themselves mean little here: up to a tenth of a round may be lost to errors of the path. More is
 //! taken for a narrower path, and the window follows what arrived.
 //!
-//! After the path has become longer (another route) the old, shorter delay counts for ten seconds; a flow that shares
-//! keeps its window meanwhile, one that yields takes the longer path for a rival.
+//! After the path has become longer (another route) the old, shorter delay counts until three drained rounds in a row have
+//! found the same delay, which no rival's queue does: two or three seconds.
 
 mod core;
 mod cubic;
@@ -69,12 +70,16 @@ impl OnConnection {
 impl Controller for OnConnection {
     fn on_ack(
         &mut self,
-        now: Instant,
+        _heard: Instant,
         sent: Instant,
         bytes: u64,
         app_limited: bool,
         _: &RttEstimator,
     ) {
+        // quinn looks at the clock before it takes packets from the socket. Where the thread then gets no processor for some
+        // milliseconds, an acknowledgement that comes meanwhile seems to be that much earlier, and the path shorter than it
+        // is. A path never seems longer for more than a moment, so this errs to that side.
+        let now = Instant::now();
         let (now, sent) = (self.since_began(now), self.since_began(sent));
         self.core.on_ack(now, sent, bytes, app_limited);
     }

@@ -137,6 +137,42 @@ fn goes_on_over_a_longer_route() {
 }
 
 #[test]
+fn a_route_that_is_a_little_longer_is_found_out() {
+    for rival in [Rival::Share, Rival::Yield] {
+        for mbit_s in [100.0, 1000.0] {
+            for longer_ms in [2, 4, 6, 10] {
+                let mut path = Path::new(mbit_s, 100);
+                let mut simulation = Simulation::new(path, vec![lazyvm(rival)]);
+                simulation.run(3 * SECOND);
+                path.rtt += Duration::from_millis(longer_ms);
+                simulation.path = path;
+                let soon = share(&simulation.run(6 * SECOND), &path);
+                let late = share(&simulation.run(4 * SECOND), &path);
+                assert!(
+                    soon > 0.75 && late > 0.9,
+                    "{rival:?}, {mbit_s} Mbit/s, {longer_ms} ms: {soon} {late}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_clock_that_was_wrong_for_a_moment_does_not_keep_it_slow() {
+    let path = Path::new(1000.0, 100);
+    for at_ms in [150, 550, 3000] {
+        let mut simulation = alone(path);
+        let at = Duration::from_millis(at_ms);
+        simulation.misread = (at, at + Duration::from_millis(4));
+        simulation.run(at);
+        simulation.run(2 * SECOND);
+        let soon = share(&simulation.run(6 * SECOND), &path);
+        let late = share(&simulation.run(4 * SECOND), &path);
+        assert!(soon > 0.75 && late > 0.9, "{at_ms} ms: {soon} {late}");
+    }
+}
+
+#[test]
 fn flows_become_equal_whenever_they_come() {
     let path = Path::new(500.0, 50);
     let mut simulation = Simulation::new(path, (0..4).map(|_| lazyvm(Rival::Share)).collect());

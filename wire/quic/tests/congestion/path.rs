@@ -173,6 +173,8 @@ pub struct Simulation {
     woken: Vec<bool>,
     /// From when to when the senders get no processor.
     pub asleep: (Duration, Duration),
+    /// From when to when acknowledgements that come seem to come at its begin.
+    pub misread: (Duration, Duration),
     /// Queueing of each packet that passed since it was last asked for, in seconds.
     pub queues: Vec<f64>,
 }
@@ -191,6 +193,7 @@ impl Simulation {
             last_ack: Duration::ZERO,
             jitter: (Duration::ZERO, Duration::ZERO),
             asleep: (Duration::ZERO, Duration::ZERO),
+            misread: (Duration::ZERO, Duration::ZERO),
             queues: Vec::new(),
         }
     }
@@ -306,7 +309,11 @@ impl Simulation {
     }
 
     fn acked(&mut self, number: usize, packet: u64) {
-        let now = self.now;
+        let (from, to) = self.misread;
+        let now = match self.now {
+            now if (from..to).contains(&now) => from,
+            now => now,
+        };
         let flow = &mut self.flows[number];
         flow.heard_at = now;
         while let Some(first) = flow.in_flight.front() {
