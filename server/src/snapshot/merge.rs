@@ -12,6 +12,9 @@ use lazyvm_wire::PageIndex;
 /// Part of a profile that is made room in for pages that were needed when all of it had gone.
 const LATE_SHARE: usize = 8;
 
+/// Of so many pages that lead, all but one are such that were seen to be touched.
+const TOUCHED_SHARE: usize = 4;
+
 /// A page that was waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Demand {
@@ -20,11 +23,34 @@ pub(super) struct Demand {
     pub gone: Option<u64>,
 }
 
-/// The profile led by what a resume has recorded that its machine touched, in this order; of at most `most` pages.
+/// What a resume has recorded that its machine touched, and ahead of the rest of that what the machine waited for: its place
+/// in the profile was too far behind, or it had none.
+pub(super) fn waited_for_first(mut touched: Vec<PageIndex>, demands: &[Demand]) -> Vec<PageIndex> {
+    let waited_for: HashSet<_> = demands.iter().map(|demand| demand.page).collect();
+    // Stable: both stay in the order in which they were touched.
+    touched.sort_by_key(|page| !waited_for.contains(page));
+    touched
+}
+
+/// The profile led by what a resume has recorded that its machine touched, in this order; of at most `most` pages. A machine
+/// that runs a second time does for the most part what it did the first time, but not all of it: so one of every
+/// [`TOUCHED_SHARE`] pages goes on with the profile as it was.
 pub(super) fn led(old: &[PageIndex], touched: &[PageIndex], most: usize) -> Vec<PageIndex> {
     let mut seen = HashSet::new();
-    let pages = touched.iter().chain(old).copied();
-    pages.filter(|&page| seen.insert(page)).take(most).collect()
+    let (mut old, mut touched) = (old.iter().copied(), touched.iter().copied());
+    let mut pages = Vec::new();
+    loop {
+        let (first, second) = match (pages.len() + 1) % TOUCHED_SHARE {
+            0 => (&mut old, &mut touched),
+            _ => (&mut touched, &mut old),
+        };
+        let mut fresh = |page: &PageIndex| seen.insert(*page);
+        let next = first.find(&mut fresh).or_else(|| second.find(&mut fresh));
+        match next {
+            Some(page) if pages.len() < most => pages.push(page),
+            _ => return pages,
+        }
+    }
 }
 
 /// The profile with these demands, in the order in which they came; of at most `most` pages.
@@ -107,11 +133,21 @@ mod tests {
     }
 
     #[test]
-    fn what_was_touched_leads_and_each_page_comes_once() {
-        let old = pages([1, 2, 3, 4]);
-        let touched = pages([9, 3, 9, 1]);
-        assert_eq!(led(&old, &touched, 100), pages([9, 3, 1, 2, 4]));
-        assert_eq!(led(&old, &touched, 4), pages([9, 3, 1, 2]));
+    fn what_was_waited_for_goes_ahead_of_what_came_in_time() {
+        let demands = [demand(5, None), demand(8, Some(3)), demand(2, Some(1))];
+        let touched = pages([1, 2, 3, 8, 4]);
+        assert_eq!(waited_for_first(touched, &demands), pages([2, 8, 1, 3, 4]));
+    }
+
+    #[test]
+    fn what_was_touched_goes_in_turns_with_the_others_and_each_page_comes_once() {
+        let old = pages([1, 2, 3, 4, 5]);
+        let touched = pages([9, 3, 9, 8, 7, 1, 6]);
+        let expected = pages([9, 3, 8, 1, 7, 6, 2, 4, 5]);
+        assert_eq!(led(&old, &touched, 100), expected);
+        assert_eq!(led(&old, &touched, 3), expected[..3]);
+        assert_eq!(led(&old, &[], 100), old);
+        assert_eq!(led(&[], &old, 100), old);
     }
 
     fn demands() -> impl Strategy<Value = Vec<Demand>> {
