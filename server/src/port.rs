@@ -171,9 +171,10 @@ pub struct Hints {
     /// found; those in use come first.
     pub tables: Vec<PageRange>,
     /// Where registers point: descriptor tables, task state, CPU entry area, per-CPU data, stacks, the code around the
-    /// instruction pointer; low memory that firmware and devices use; rings of devices.
+    /// instruction pointer; low memory that firmware and devices use; rings of devices. Behind that, data that words of all
+    /// this point to.
     pub processor: Vec<PageRange>,
-    /// Mapped executable and accessed: the kernel's first.
+    /// Mapped executable and accessed: the kernel's first, and of that what its data points to.
     pub code: Vec<PageRange>,
     /// Touched since the watch began, the most recent first.
     pub hot: Vec<PageRange>,

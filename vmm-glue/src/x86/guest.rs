@@ -59,9 +59,13 @@ impl GuestMemory {
 
     /// The whole page that holds an address, as bytes.
     pub fn bytes(&self, gpa: u64) -> Option<[u8; PAGE_SIZE]> {
+        self.page_bytes(self.page(gpa)?)
+    }
+
+    /// A page's bytes, if they can be read.
+    pub fn page_bytes(&self, page: PageIndex) -> Option<[u8; PAGE_SIZE]> {
         let mut out = [0; PAGE_SIZE];
-        let range = PageRange::one(self.page(gpa)?);
-        self.memory.read(range, &mut out).ok()?;
+        self.memory.read(PageRange::one(page), &mut out).ok()?;
         Some(out)
     }
 

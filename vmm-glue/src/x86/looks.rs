@@ -6,7 +6,7 @@ use lazyvm_server::port::{Hints, MachineError};
 use lazyvm_wire::PageRange;
 
 use super::guest::GuestMemory;
-use super::pages::{PageList, PageSet};
+use super::pages::PageList;
 use super::registers::Vcpu;
 use super::resume_set::{Known, resume_set};
 use super::spaces::{AddressSpace, find_spaces, keep_live};
@@ -77,7 +77,7 @@ impl Looks {
     ) -> Result<Hints, MachineError> {
         // One at a time.
         self.last = Hints::default();
-        self.last = self.find(vcpus, touched, LOOK_TIME)?;
+        self.last = self.find(vcpus, touched, LOOK_TIME, None)?;
         let virtual_order = std::mem::take(&mut self.last.virtual_order);
         let hints = self.last.clone();
         self.last.virtual_order = virtual_order;
@@ -93,12 +93,13 @@ impl Looks {
         vcpus: &[Vcpu],
         touched: &mut Touched<'_>,
     ) -> Result<Hints, MachineError> {
-        let now = self.find(vcpus, touched, PAUSED_TIME)?;
         let last = std::mem::take(&mut self.last);
+        let code = Some(last.code.as_slice()).filter(|code| !code.is_empty());
+        let now = self.find(vcpus, touched, PAUSED_TIME, code)?;
         Ok(Hints {
             tables: [now.tables, last.tables].concat(),
             processor: [now.processor, last.processor].concat(),
-            code: [now.code, last.code].concat(),
+            code: now.code,
             hot: now.hot,
             virtual_order: last.virtual_order,
         })
@@ -109,6 +110,7 @@ impl Looks {
         vcpus: &[Vcpu],
         touched: &mut Touched<'_>,
         time: Duration,
+        code: Option<&[PageRange]>,
     ) -> Result<Hints, MachineError> {
         let start = Instant::now();
         let go_on = || start.elapsed() < time;
@@ -123,11 +125,12 @@ impl Looks {
                 keep_live(&self.memory, current, spaces);
             }
         }
-        let hot = self.touched.as_ref().map(PageList::set);
+        let hot = self.touched.as_ref();
         let known = Known {
             spaces: self.spaces.as_deref().unwrap_or_default(),
             hot,
             rings: &[],
+            code,
         };
         let bounds = Bounds {
             tables: TABLES_MAX,
@@ -147,7 +150,7 @@ impl Looks {
             tables = pages(&hints.tables),
             processor = pages(&hints.processor),
             code = pages(&hints.code),
-            hot = hot.map_or(0, PageSet::count),
+            hot = hot.map_or(0, |hot| hot.set().count()),
             "looked at what the guest uses"
         );
         Ok(hints)

@@ -5,6 +5,7 @@
 //! what makes no sense is passed over. Formats as in the AMD64 Architecture Programmer's Manual, volume 2, chapters 4
 //! (segmented virtual memory), 5 (page translation) and 8 (interrupts).
 
+mod code;
 mod guest;
 mod looks;
 mod pages;

@@ -21,6 +21,8 @@ const PER_CPU: u64 = 256 << 10;
 const PER_CPU_AHEAD: u64 = 64 << 10;
 /// Most pages of code that the words on a processor's stacks are followed to.
 const CALLERS_MAX: usize = 64;
+/// Most pages of data that words are followed to: 8 MiB.
+const DATA_MAX: usize = 2048;
 /// Where kernels are, as against user programs.
 const UPPER_HALF: u64 = 1 << 63;
 
@@ -55,6 +57,31 @@ pub(super) fn follow(memory: &GuestMemory, tables: &mut Tables<'_>, vcpus: &[Vcp
         follower.handlers(tables, &mut pointed);
     }
     pointed
+}
+
+/// Data that words of these pages point to, in their order: lists and timers of a kernel lead on there.
+pub(super) fn data(
+    memory: &GuestMemory,
+    tables: &mut Tables<'_>,
+    space: Paging,
+    from: &[PageIndex],
+) -> Vec<PageIndex> {
+    let mut seen = HashSet::new();
+    let mut found = Vec::new();
+    for &page in from {
+        let bytes = memory.page_bytes(page);
+        for word in bytes.iter().flat_map(|bytes| bytes.as_chunks::<8>().0) {
+            let virt = u64::from_le_bytes(*word) & !(PAGE - 1);
+            if virt < UPPER_HALF || found.len() >= DATA_MAX || !seen.insert(virt) {
+                continue;
+            }
+            let mapping = tables.translate(space, virt);
+            if let Some(mapping) = mapping.filter(|mapping| !mapping.executable) {
+                found.extend(memory.page(mapping.gpa + (virt & (mapping.bytes - 1))));
+            }
+        }
+    }
+    found
 }
 
 struct Follower<'a> {
@@ -231,6 +258,91 @@ impl<'a> Follower<'a> {
             if handler >= UPPER_HALF && seen.insert(handler & !(PAGE - 1)) {
                 self.push(tables, handler & !(PAGE - 1), 1, &mut pointed.code);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Arc;
+
+    use lazyvm_server::port::SourceMemory;
+    use lazyvm_wire::{Layout, PAGE_SIZE, PageRange};
+    use proptest::prelude::*;
+
+    use super::super::walk::Levels;
+    use super::*;
+
+    /// Where a kernel has its view of all memory.
+    const ALL: u64 = 0xffff_8880_0000_0000;
+
+    /// The first two pages hold these words, the next three tables that map 2 MiB from [`ALL`] on.
+    struct Words(Vec<u64>);
+
+    impl SourceMemory for Words {
+        fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
+            out.fill(0);
+            let (present, large, no_execute) = (1, 1 << 7, 1 << 63);
+            let mut put =
+                |at: usize, word: u64| out[at..at + 8].copy_from_slice(&word.to_le_bytes());
+            match range.first.0 {
+                page @ 0..2 => {
+                    let words = self.0.iter().skip(page as usize * 512).take(512);
+                    words.enumerate().for_each(|(at, word)| put(at * 8, *word));
+                }
+                2 => put((ALL >> 39 & 511) as usize * 8, 3 << 12 | present),
+                3 => put(0, 4 << 12 | present),
+                4 => put(0, present | large | no_execute),
+                _ => {}
+            }
+            Ok(())
+        }
+
+        fn data_runs(&self, data: &mut dyn FnMut(PageRange)) -> io::Result<()> {
+            data(PageRange::new(PageIndex(0), 5));
+            Ok(())
+        }
+    }
+
+    fn pointed(words: &[u64]) -> Vec<u64> {
+        let memory = GuestMemory::new(Layout::flat(64).unwrap(), Arc::new(Words(words.to_vec())));
+        let space = Paging {
+            root: 2 * PAGE_SIZE as u64,
+            levels: Levels::Four,
+        };
+        let from = [PageIndex(0), PageIndex(1)];
+        let pages = data(&memory, &mut Tables::new(&memory), space, &from);
+        pages.into_iter().map(|page| page.0).collect()
+    }
+
+    #[test]
+    fn pointers_to_data_are_followed_in_their_order_and_each_page_counts_once() {
+        let outside = ALL + (100 << 12);
+        let words = [
+            7,
+            ALL + 0x9123,
+            0x9000,
+            ALL + 0x9128,
+            outside,
+            u64::MAX,
+            ALL + 0x6000,
+        ];
+        assert_eq!(pointed(&words), [9, 6]);
+        let mut second = vec![0; 512];
+        second.push(ALL + 0x1_1000);
+        assert_eq!(pointed(&second), [17]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_words_give_pages_of_the_image(
+            words in prop::collection::vec(prop_oneof![any::<u64>(), ALL - 9000..ALL + (3 << 20)], 0..1024),
+        ) {
+            let found = pointed(&words);
+            prop_assert!(found.iter().all(|&page| page < 64));
+            let distinct: HashSet<_> = found.iter().collect();
+            prop_assert_eq!(distinct.len(), found.len());
         }
     }
 }

@@ -1,8 +1,9 @@
 //! The resume set: what a machine touches first where it goes on, small and certain things ahead.
 
 use lazyvm_server::port::Hints;
-use lazyvm_wire::{PageIndex, PageRange};
+use lazyvm_wire::{PAGE_SIZE, PageIndex, PageRange};
 
+use super::code::CodeMap;
 use super::guest::{ENTRIES, GuestMemory};
 use super::pages::{PageList, PageSet};
 use super::pointers;
@@ -34,10 +35,12 @@ const KERNEL_PAGES_MAX: usize = 1024;
 pub struct Known<'a> {
     /// Address spaces of programs that do not run now.
     pub spaces: &'a [AddressSpace],
-    /// What was touched of late; where it is known, it tells which part of large areas is used.
-    pub hot: Option<&'a PageSet>,
+    /// What was touched of late, the first first; where it is known, it tells which part of large areas is used.
+    pub hot: Option<&'a PageList>,
     /// Rings that the machine shares with its devices.
     pub rings: &'a [PageRange],
+    /// The code that was found before, the first needed first: pointers are not followed to it anew, which takes a while.
+    pub code: Option<&'a [PageRange]>,
 }
 
 /// Finds all of [`Hints`] but the hot pages.
@@ -78,14 +81,26 @@ pub fn resume_set(
     processor.extend(known.rings.iter().flat_map(|ring| ring.pages()));
     processor.extend(pointed.code);
     let (hot, cold) = split(memory.pages(0, LOW_MEMORY), known.hot);
-    processor.extend(hot.into_iter().chain(cold));
+    processor.extend(hot);
     processor.extend(trees.kernels_own());
+    processor.extend(cold);
+
+    if let (None, Some(space)) = (known.code, current.first()) {
+        let used: Vec<_> = processor.iter().collect();
+        let next = pointers::data(memory, &mut tables, space.kernel, &used);
+        processor.extend(next);
+    }
 
     let mut code = PageList::new(pages);
-    for part in [trees.kernel_code, trees.user_code] {
-        let (hot, cold) = split(part.iter(), known.hot);
-        code.extend(hot.into_iter().chain(cold));
+    let (hot, cold) = split(trees.kernel_code.iter(), known.hot);
+    code.extend(hot);
+    match known.code {
+        Some(before) => code.extend(before.iter().flat_map(|range| range.pages())),
+        None => code.extend(trees.code_map.used_next(memory, processor.iter())),
     }
+    code.extend(cold);
+    let (hot, cold) = split(trees.user_code.iter(), known.hot);
+    code.extend(hot.into_iter().chain(cold));
     Hints {
         tables: table_list.into_ranges(),
         processor: processor.into_ranges(),
@@ -104,7 +119,7 @@ fn is_all_memory(mapping: &Mapping) -> bool {
 /// The hot ones, and the others, both in their order; all are others where that is not known.
 fn split(
     pages: impl Iterator<Item = PageIndex>,
-    hot: Option<&PageSet>,
+    hot: Option<&PageList>,
 ) -> (Vec<PageIndex>, Vec<PageIndex>) {
     let is_hot = |page: &PageIndex| hot.is_some_and(|hot| hot.contains(*page));
     pages.partition(is_hot)
@@ -113,13 +128,14 @@ fn split(
 /// What the page tables tell. Each list holds a page once, so none outgrows the image, whatever the tables hold.
 struct Trees<'a> {
     memory: &'a GuestMemory,
-    hot: Option<&'a PageSet>,
+    hot: Option<&'a PageList>,
     /// Those that do not map small pages.
     upper_tables: PageList,
     lower_tables: PageList,
     entry_area: PageList,
     kernel_data: PageList,
     kernel_code: PageList,
+    code_map: CodeMap,
     user_code: PageList,
     /// All that programs have mapped.
     users: PageSet,
@@ -128,7 +144,7 @@ struct Trees<'a> {
 }
 
 impl<'a> Trees<'a> {
-    fn new(memory: &'a GuestMemory, hot: Option<&'a PageSet>) -> Self {
+    fn new(memory: &'a GuestMemory, hot: Option<&'a PageList>) -> Self {
         let list = || PageList::new(memory.layout().pages());
         Self {
             memory,
@@ -138,6 +154,7 @@ impl<'a> Trees<'a> {
             entry_area: list(),
             kernel_data: list(),
             kernel_code: list(),
+            code_map: CodeMap::default(),
             user_code: list(),
             users: PageSet::new(memory.layout().pages()),
             order: Vec::new(),
@@ -205,7 +222,7 @@ impl<'a> Trees<'a> {
             self.entry_area.extend(pages);
         } else if mapping.executable {
             if mapping.accessed && !is_all_memory(&mapping) {
-                self.kernel_code.extend(pages);
+                self.take_kernel_code(&mapping);
             }
         } else if KERNEL_IMAGE.contains(&mapping.virt) {
             let hot = self.hot;
@@ -217,13 +234,22 @@ impl<'a> Trees<'a> {
         }
     }
 
+    fn take_kernel_code(&mut self, mapping: &Mapping) {
+        for offset in (0..mapping.bytes).step_by(PAGE_SIZE) {
+            let page = self.memory.page(mapping.gpa.saturating_add(offset));
+            if let Some(page) = page.filter(|&page| self.kernel_code.push(page)) {
+                self.code_map.add(mapping, offset, page);
+            }
+        }
+    }
+
     /// The hot pages that no program has mapped: a kernel uses little of its own, and whoever runs waits for it. None where
     /// there are no programs.
     fn kernels_own(&self) -> Vec<PageIndex> {
         if self.users.is_empty() {
             return Vec::new();
         }
-        let used = self.hot.into_iter().flat_map(PageSet::iter);
+        let used = self.hot.into_iter().flat_map(PageList::iter);
         let own = used.filter(|&page| !self.users.contains(page));
         let own: Vec<_> = own.take(KERNEL_PAGES_MAX + 1).collect();
         if own.len() > KERNEL_PAGES_MAX {
