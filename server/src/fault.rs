@@ -38,6 +38,9 @@ pub(crate) async fn converse(
         is_sent: false,
     };
     let end = conversation.run(&mut receiver).await;
+    if let Some(profile) = &session.profile {
+        profile.parted();
+    }
     match end {
         Ok(()) => {
             sender.finish().await;

@@ -129,6 +129,9 @@ pub trait Profile: Send + Sync {
     /// The destination has recorded that: these, in this order. May block.
     fn touched(&self, pages: Vec<PageIndex>);
 
+    /// The connection to the destination has ended: if it was to record, what it owes may never come. Must not block.
+    fn parted(&self);
+
     /// The destination has everything: what was heard may be kept. May block.
     fn finished(&self);
 }

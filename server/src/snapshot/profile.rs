@@ -154,6 +154,12 @@ impl Profile for SessionProfile {
         lock(&self.touched).extend(pages);
     }
 
+    fn parted(&self) {
+        if self.records.swap(false, Ordering::Relaxed) {
+            self.shared.is_recorded.store(false, Ordering::Relaxed);
+        }
+    }
+
     fn finished(&self) {
         let touched = lock(&self.touched);
         let mut demands = std::mem::take(&mut *lock(&self.demands));
@@ -165,11 +171,48 @@ impl Profile for SessionProfile {
     }
 }
 
-/// One that ended before it told anything leaves it to the next.
-impl Drop for SessionProfile {
-    fn drop(&mut self) {
-        if self.records.load(Ordering::Relaxed) {
-            self.shared.is_recorded.store(false, Ordering::Relaxed);
-        }
+#[cfg(test)]
+mod tests {
+    use lazyvm_wire::{Layout, MachineOffer};
+
+    use super::super::format::Part;
+    use super::*;
+
+    fn profile(directory: &Path) -> Arc<SnapshotProfile> {
+        let manifest = Manifest {
+            id: SnapshotId([7; 16]),
+            taken_at_s: 0,
+            layout: Layout::flat(64).unwrap(),
+            offer: MachineOffer {
+                kind: "memory".to_owned(),
+                state_version: 1,
+                compatibility: Vec::new(),
+            },
+            state: Part::of(b""),
+            index: Part::of(b""),
+            memory_bytes: 0,
+            base: None,
+        };
+        Arc::new(SnapshotProfile::open(directory, &manifest, |_| {}))
+    }
+
+    #[test]
+    fn one_clone_records_and_another_does_where_that_one_parted_before_it_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let shared = profile(folder.path());
+        let (first, second) = (shared.session(), shared.session());
+        assert!(first.wants_record() && !second.wants_record());
+        first.parted();
+        let third = shared.session();
+        assert!(third.wants_record());
+        // It was not this one's.
+        second.parted();
+        assert!(!shared.session().wants_record());
+        third.demanded(PageRange::one(PageIndex(5)), Some(0));
+        third.touched([2, 5, 64].map(PageIndex).to_vec());
+        third.parted();
+        assert!(!shared.session().wants_record());
+        assert_eq!(shared.pages(), [5, 2].map(PageIndex));
+        assert_eq!(profile(folder.path()).pages(), shared.pages());
     }
 }
