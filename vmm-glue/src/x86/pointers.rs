@@ -21,7 +21,8 @@ const PER_CPU: u64 = 256 << 10;
 const PER_CPU_AHEAD: u64 = 64 << 10;
 /// Most pages of code that the words on a processor's stacks are followed to.
 const CALLERS_MAX: usize = 64;
-/// Most pages of data that words are followed to: 8 MiB.
+/// Most pages whose words are followed to data, and most pages of that: 8 MiB each.
+const SEARCHED_MAX: usize = 2048;
 const DATA_MAX: usize = 2048;
 /// Where kernels are, as against user programs.
 const UPPER_HALF: u64 = 1 << 63;
@@ -68,7 +69,7 @@ pub(super) fn data(
 ) -> Vec<PageIndex> {
     let mut seen = HashSet::new();
     let mut found = Vec::new();
-    for &page in from {
+    for &page in from.iter().take(SEARCHED_MAX) {
         let bytes = memory.page_bytes(page);
         for word in bytes.iter().flat_map(|bytes| bytes.as_chunks::<8>().0) {
             let virt = u64::from_le_bytes(*word) & !(PAGE - 1);
