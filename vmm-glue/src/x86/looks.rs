@@ -94,8 +94,7 @@ impl Looks {
         touched: &mut Touched<'_>,
     ) -> Result<Hints, MachineError> {
         let last = std::mem::take(&mut self.last);
-        let code = Some(last.code.as_slice()).filter(|code| !code.is_empty());
-        let now = self.find(vcpus, touched, PAUSED_TIME, code)?;
+        let now = self.find(vcpus, touched, PAUSED_TIME, Some(&last.code))?;
         Ok(Hints {
             tables: [now.tables, last.tables].concat(),
             processor: [now.processor, last.processor].concat(),

@@ -39,7 +39,8 @@ pub struct Known<'a> {
     pub hot: Option<&'a PageList>,
     /// Rings that the machine shares with its devices.
     pub rings: &'a [PageRange],
-    /// The code that was found before, the first needed first: pointers are not followed to it anew, which takes a while.
+    /// Code that was found before, the first needed first. With it, pointers to code and data are not followed: that takes a
+    /// while, and is not for a machine that stands still.
     pub code: Option<&'a [PageRange]>,
 }
 
