@@ -81,10 +81,8 @@ impl CodeMap {
         let mut is_in = vec![false; self.pages.len()];
         let mut order = Vec::new();
         for page in data.take(DATA_MAX) {
-            let bytes = memory.page_bytes(page);
-            for word in bytes.iter().flat_map(|bytes| bytes.as_chunks::<8>().0) {
-                let virt = u64::from_le_bytes(*word) >> PAGE_SHIFT;
-                if let Some(at) = self.place(virt)
+            for word in memory.words(page).iter().flatten() {
+                if let Some(at) = self.place(word >> PAGE_SHIFT)
                     && !std::mem::replace(&mut is_in[at], true)
                 {
                     order.push(at);
@@ -153,50 +151,28 @@ fn by_score(scores: &[f64]) -> Vec<(usize, f64)> {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-    use std::sync::Arc;
-
-    use lazyvm_server::port::SourceMemory;
-    use lazyvm_wire::{Layout, PAGE_SIZE, PageRange};
+    use lazyvm_wire::PAGE_SIZE;
     use proptest::prelude::*;
 
+    use super::super::guest::ENTRIES;
+    use super::super::guest::testing::Pages;
     use super::*;
 
     const TEXT: u64 = 0xffff_ffff_8100_0000;
 
-    /// Each page has these bytes from its 16th byte on, and zeros.
-    struct Begins(Vec<Vec<u8>>);
-
-    impl SourceMemory for Begins {
-        fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
-            out.fill(0);
-            for (page, out) in range.pages().zip(out.chunks_exact_mut(PAGE_SIZE)) {
-                let bytes = &self.0[page.as_usize()];
-                out[16..16 + bytes.len()].copy_from_slice(bytes);
-            }
-            Ok(())
-        }
-
-        fn data_runs(&self, data: &mut dyn FnMut(PageRange)) -> io::Result<()> {
-            data(PageRange::new(PageIndex(0), self.0.len() as u64));
-            Ok(())
-        }
-    }
-
     /// Data with these words, a page each, and code without any calls but this: from the page of code at `call.0` to the
     /// one at `call.1`.
     fn memory(words: &[u64], call: Option<(u64, u64)>) -> GuestMemory {
-        let mut pages = vec![Vec::new(); 130];
+        let mut pages = vec![[0; ENTRIES]; 130];
         for (page, word) in pages.iter_mut().zip(words) {
-            page.extend_from_slice(&word.to_le_bytes());
+            page[2] = *word;
         }
         if let Some((from, to)) = call {
             let distance = (to as i32 - from as i32) * PAGE_SIZE as i32;
-            pages[page_of(from) as usize].push(CALL);
-            pages[page_of(from) as usize].extend_from_slice(&distance.to_le_bytes());
+            let [a, b, c, d] = distance.to_le_bytes();
+            pages[page_of(from) as usize][2] = u64::from_le_bytes([CALL, a, b, c, d, 0, 0, 0]);
         }
-        let layout = Layout::flat(pages.len() as u64).unwrap();
-        GuestMemory::new(layout, Arc::new(Begins(pages)))
+        Pages::guest(pages)
     }
 
     /// Where the page of code is that lies so many pages from its begin.

@@ -71,7 +71,12 @@ impl GuestMemory {
 
     /// The same as a table.
     pub fn table(&self, gpa: u64) -> Option<Table> {
-        Some(table_of(&self.bytes(gpa)?))
+        self.words(self.page(gpa)?)
+    }
+
+    /// A page's words, if they can be read.
+    pub fn words(&self, page: PageIndex) -> Option<Table> {
+        Some(table_of(&self.page_bytes(page)?))
     }
 }
 
@@ -82,4 +87,42 @@ pub(super) fn table_of(bytes: &[u8]) -> Table {
         *entry = u64::from_le_bytes(*bytes);
     }
     table
+}
+
+#[cfg(test)]
+pub(super) mod testing {
+    use std::io;
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Memory that is these pages.
+    pub struct Pages(pub Mutex<Vec<Table>>);
+
+    impl Pages {
+        /// A guest's.
+        pub fn guest(pages: Vec<Table>) -> GuestMemory {
+            let layout = Layout::flat(pages.len() as u64).unwrap();
+            GuestMemory::new(layout, Arc::new(Self(Mutex::new(pages))))
+        }
+    }
+
+    impl SourceMemory for Pages {
+        fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
+            let pages = self.0.lock().unwrap();
+            for (page, out) in range.pages().zip(out.chunks_exact_mut(PAGE_SIZE)) {
+                let words = pages[page.as_usize()].iter().zip(out.chunks_exact_mut(8));
+                words.for_each(|(word, out)| out.copy_from_slice(&word.to_le_bytes()));
+            }
+            Ok(())
+        }
+
+        fn data_runs(&self, data: &mut dyn FnMut(PageRange)) -> io::Result<()> {
+            data(PageRange::new(
+                PageIndex(0),
+                self.0.lock().unwrap().len() as u64,
+            ));
+            Ok(())
+        }
+    }
 }

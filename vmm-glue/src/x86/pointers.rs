@@ -70,9 +70,8 @@ pub(super) fn data(
     let mut seen = HashSet::new();
     let mut found = Vec::new();
     for &page in from.iter().take(SEARCHED_MAX) {
-        let bytes = memory.page_bytes(page);
-        for word in bytes.iter().flat_map(|bytes| bytes.as_chunks::<8>().0) {
-            let virt = u64::from_le_bytes(*word) & !(PAGE - 1);
+        for word in memory.words(page).iter().flatten() {
+            let virt = word & !(PAGE - 1);
             if virt < UPPER_HALF || found.len() >= DATA_MAX || !seen.insert(virt) {
                 continue;
             }
@@ -265,49 +264,28 @@ impl<'a> Follower<'a> {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-    use std::sync::Arc;
-
-    use lazyvm_server::port::SourceMemory;
-    use lazyvm_wire::{Layout, PAGE_SIZE, PageRange};
+    use lazyvm_wire::PAGE_SIZE;
     use proptest::prelude::*;
 
+    use super::super::guest::ENTRIES;
+    use super::super::guest::testing::Pages;
     use super::super::walk::Levels;
     use super::*;
 
     /// Where a kernel has its view of all memory.
     const ALL: u64 = 0xffff_8880_0000_0000;
 
-    /// The first two pages hold these words, the next three tables that map 2 MiB from [`ALL`] on.
-    struct Words(Vec<u64>);
-
-    impl SourceMemory for Words {
-        fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
-            out.fill(0);
-            let (present, large, no_execute) = (1, 1 << 7, 1 << 63);
-            let mut put =
-                |at: usize, word: u64| out[at..at + 8].copy_from_slice(&word.to_le_bytes());
-            match range.first.0 {
-                page @ 0..2 => {
-                    let words = self.0.iter().skip(page as usize * 512).take(512);
-                    words.enumerate().for_each(|(at, word)| put(at * 8, *word));
-                }
-                2 => put((ALL >> 39 & 511) as usize * 8, 3 << 12 | present),
-                3 => put(0, 4 << 12 | present),
-                4 => put(0, present | large | no_execute),
-                _ => {}
-            }
-            Ok(())
-        }
-
-        fn data_runs(&self, data: &mut dyn FnMut(PageRange)) -> io::Result<()> {
-            data(PageRange::new(PageIndex(0), 5));
-            Ok(())
-        }
-    }
-
+    /// What these words point to, which fill the first two pages; the next three are tables that map 2 MiB from [`ALL`] on.
     fn pointed(words: &[u64]) -> Vec<u64> {
-        let memory = GuestMemory::new(Layout::flat(64).unwrap(), Arc::new(Words(words.to_vec())));
+        let (present, large, no_execute) = (1, 1 << 7, 1 << 63);
+        let mut pages = vec![[0; ENTRIES]; 64];
+        for (at, &word) in words.iter().enumerate() {
+            pages[at / ENTRIES][at % ENTRIES] = word;
+        }
+        pages[2][(ALL >> 39) as usize % ENTRIES] = 3 << 12 | present;
+        pages[3][0] = 4 << 12 | present;
+        pages[4][0] = present | large | no_execute;
+        let memory = Pages::guest(pages);
         let space = Paging {
             root: 2 * PAGE_SIZE as u64,
             levels: Levels::Four,

@@ -173,35 +173,13 @@ fn chunks(run: PageRange) -> impl Iterator<Item = PageRange> {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
     use std::sync::{Arc, Mutex};
 
-    use lazyvm_server::port::SourceMemory;
     use lazyvm_wire::Layout;
 
+    use super::super::guest::testing::Pages;
     use super::super::walk::Levels;
     use super::*;
-
-    struct Pages(Mutex<Vec<Table>>);
-
-    impl SourceMemory for Pages {
-        fn read(&self, range: PageRange, out: &mut [u8]) -> io::Result<()> {
-            let pages = self.0.lock().unwrap();
-            for (page, out) in range.pages().zip(out.chunks_exact_mut(PAGE_SIZE)) {
-                let words = pages[page.as_usize()].iter().zip(out.chunks_exact_mut(8));
-                words.for_each(|(word, out)| out.copy_from_slice(&word.to_le_bytes()));
-            }
-            Ok(())
-        }
-
-        fn data_runs(&self, data: &mut dyn FnMut(PageRange)) -> io::Result<()> {
-            data(PageRange::new(
-                PageIndex(0),
-                self.0.lock().unwrap().len() as u64,
-            ));
-            Ok(())
-        }
-    }
 
     fn root(lower: u64) -> Table {
         let mut table = [0; ENTRIES];
