@@ -5,6 +5,8 @@
 //! A page-table entry that is dropped (`MADV_DONTNEED`) may take the news of a write along, so
 //! whatever has no entry counts as written: every page that is clean has one, if only a mark. A mark takes an entry of a page
 //! table, and every look goes through all of them; so pages that hold nothing get none, and count as written all the time.
+//! A page of a file may get its first content and lose its entry between two looks; then only the file tells that it holds
+//! something ([`WriteWatch::collect_holding`]).
 //!
 //! Writes that do not go by page tables are not seen: those of a device into pages that were pinned before. Neither is a
 //! hole that is punched into the file where pages are clean: Linux keeps their marks, and they read as zeros from then on. It
@@ -75,6 +77,15 @@ pub enum DirtyError {
         #[source]
         source: io::Error,
     },
+    /// The file that the memory is in.
+    #[error("can't find out which pages at {start:#x} hold data")]
+    Data {
+        /// Where.
+        start: u64,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
     /// The scan.
     #[error("can't find out which pages at {start:#x} were written")]
     Scan {
@@ -88,6 +99,9 @@ pub enum DirtyError {
 
 /// Most pages without content between two parts that are marked as one: a system call costs as much.
 const JOINED_BYTES: u64 = 16 * PAGE_SIZE as u64;
+
+/// Tells which runs between two addresses hold data.
+pub type Holding<'a> = dyn FnMut(u64, u64, &mut dyn FnMut(u64, u64)) -> io::Result<()> + 'a;
 
 /// Notes the writes to some memory of another process. Dropping it ends that.
 #[derive(Debug)]
@@ -200,6 +214,19 @@ impl WriteWatch {
     /// # Errors
     /// [`DirtyError`]. Any page may then have been written.
     pub fn collect(&mut self, dirty: &mut dyn FnMut(u64, u64)) -> Result<(), DirtyError> {
+        self.collect_holding(&mut |_, _, _| Ok(()), dirty)
+    }
+
+    /// The same, where a part without entries may hold data all the same: `holding` is asked with first byte and end of such a
+    /// part, and calls its last argument with each run in it that does. That run is clean from then on, too.
+    ///
+    /// # Errors
+    /// [`DirtyError`], and what `holding` gives. Any page may then have been written.
+    pub fn collect_holding(
+        &mut self,
+        holding: &mut Holding<'_>,
+        dirty: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), DirtyError> {
         for range in &mut self.ranges {
             let found = scan_in_parts(&self.pagemap, range).map_err(|source| DirtyError::Scan {
                 start: range.start,
@@ -212,6 +239,14 @@ impl WriteWatch {
                     dirty(from, to);
                 }
                 for (from, to) in part.unmarked {
+                    let mut note = |from, to| {
+                        let bits = range.bits(from, to);
+                        range.marked[bits].fill(true);
+                    };
+                    holding(from, to, &mut note).map_err(|source| DirtyError::Data {
+                        start: from,
+                        source,
+                    })?;
                     range.mark_again(self.uffd.as_fd(), from, to)?;
                     dirty(from, to);
                 }

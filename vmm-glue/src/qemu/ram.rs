@@ -80,6 +80,28 @@ impl SharedRam {
         Ok(())
     }
 
+    /// Calls `data` with each run of pages in a range that is not a hole now, ascending. Huge pages, whose file does not tell
+    /// its holes, are not told.
+    pub fn data_in(&self, range: PageRange, data: &mut dyn FnMut(PageRange)) -> io::Result<()> {
+        for (start, region) in &self.regions {
+            let pages = PageRange::new(PageIndex(*start), region.bytes >> PAGE_SHIFT);
+            let part = pages.intersect(range);
+            if part.is_empty() || region.backing != Backing::Small {
+                continue;
+            }
+            let place = |page: PageIndex| region.offset + ((page.0 - start) << PAGE_SHIFT);
+            let (from, to) = (place(part.first), place(part.end()));
+            data_between(&region.file, from, to, &mut |from, to| {
+                let first = start + ((from - region.offset) >> PAGE_SHIFT);
+                data(PageRange::new(
+                    PageIndex(first),
+                    (to - from).div_ceil(PAGE_SIZE as u64),
+                ));
+            })?;
+        }
+        Ok(())
+    }
+
     fn seen(&self) -> MutexGuard<'_, Vec<Vec<(u64, u64)>>> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -242,6 +264,24 @@ mod tests {
             expected.sort_unstable();
             expected.dedup();
             prop_assert_eq!(data_pages(&ram), expected);
+        }
+
+        /// A part of the memory has the data that all of it has there.
+        #[test]
+        fn data_in_a_part_is_the_data_there(
+            written in proptest::collection::vec(0..PAGES, 0..20),
+            first in 0..PAGES,
+            count in 1..PAGES,
+        ) {
+            let file = tempfile::tempfile_in("/dev/shm").unwrap();
+            file.set_len(PAGES * PAGE_SIZE as u64).unwrap();
+            let ram = ram(&file);
+            write(&file, &written);
+            let part = PageRange::new(PageIndex(first), count);
+            let mut found = Vec::new();
+            ram.data_in(part, &mut |range| found.extend(range.pages())).unwrap();
+            let all = data_pages(&ram).into_iter().map(PageIndex);
+            prop_assert_eq!(found, all.filter(|&page| part.contains(page)).collect::<Vec<_>>());
         }
     }
 }

@@ -43,6 +43,20 @@ struct Piece {
     first: PageIndex,
 }
 
+impl Piece {
+    /// What lies between two addresses of the piece.
+    fn pages(&self, start: u64, end: u64) -> PageRange {
+        let page = self.first.0 + ((start - self.host) >> PAGE_SHIFT);
+        PageRange::new(PageIndex(page), (end - start) >> PAGE_SHIFT)
+    }
+
+    /// Where pages of the piece begin and end.
+    fn hosts(&self, pages: PageRange) -> (u64, u64) {
+        let start = self.host + ((pages.first.0 - self.first.0) << PAGE_SHIFT);
+        (start, start + pages.bytes())
+    }
+}
+
 /// See the module.
 pub(super) struct QemuTracker {
     process: Arc<Process>,
@@ -144,8 +158,8 @@ impl QemuTracker {
             let from = runs.partition_point(|run| run.end() <= pages.first);
             let within = runs[from..].iter().map(|run| run.intersect(pages));
             parts.extend(within.take_while(|run| !run.is_empty()).map(|run| {
-                let host = piece.host + ((run.first.0 - pages.first.0) << PAGE_SHIFT);
-                (host, run.bytes())
+                let (start, end) = piece.hosts(run);
+                (start, end - start)
             }));
         }
         Ok(parts)
@@ -176,12 +190,21 @@ impl QemuTracker {
         }
         self.check()?;
         let watch = self.watch.as_mut().ok_or(TrackError::NotStarted)?;
-        let pieces = &self.pieces;
-        watch.collect(&mut |start, end| {
-            let at = pieces.partition_point(|piece| piece.host + piece.bytes <= start);
-            if let Some(piece) = pieces.get(at) {
-                let page = piece.first.0 + ((start - piece.host) >> PAGE_SHIFT);
-                dirty(PageRange::new(PageIndex(page), (end - start) >> PAGE_SHIFT));
+        let (pieces, memory) = (&self.pieces, &self.memory);
+        let piece_at = |host: u64| {
+            let at = pieces.partition_point(|piece| piece.host + piece.bytes <= host);
+            pieces.get(at)
+        };
+        let mut holding = |start, end, data: &mut dyn FnMut(u64, u64)| match piece_at(start) {
+            Some(piece) => memory.data_in(piece.pages(start, end), &mut |run| {
+                let (from, to) = piece.hosts(run);
+                data(from, to);
+            }),
+            None => Ok(()),
+        };
+        watch.collect_holding(&mut holding, &mut |start, end| {
+            if let Some(piece) = piece_at(start) {
+                dirty(piece.pages(start, end));
             }
         })?;
         if self.reports_holes {

@@ -109,6 +109,7 @@ fn main() {
         );
     }
     deed_by_deed();
+    what_held_nothing_at_the_start();
     huge_pages_that_are_given_back();
     model::run();
     println!("dirty: ok");
@@ -140,6 +141,48 @@ fn deed_by_deed() {
     assert!(other.collect().contains(&11));
     other.watch = None;
     other.tell("write 1");
+}
+
+/// No mark outlives an entry that was new: only the file tells that there is something to mark.
+fn what_held_nothing_at_the_start() {
+    let mut other = Other::start(Kind::Memfd);
+    other.watch = None;
+    let process = Process::open(other.child.id() as i32).unwrap();
+    let range = (other.address, Kind::Memfd.bytes() as u64);
+    other.watch = Some(WriteWatch::start(&process, &[range], &[]).unwrap());
+    other.tell("write 20");
+    other.tell("drop");
+    assert!(other.collect().contains(&20));
+    assert!(
+        other.collect().contains(&20),
+        "nothing tells that it holds data"
+    );
+    let page = (other.address + 20 * 4096, other.address + 21 * 4096);
+    let mut asked = false;
+    let mut found = Vec::new();
+    let watch = other.watch.as_mut().unwrap();
+    watch
+        .collect_holding(
+            &mut |start, end, data| {
+                asked |= start <= page.0 && page.1 <= end;
+                data(page.0, page.1);
+                Ok(())
+            },
+            &mut |start, end| found.push((start, end)),
+        )
+        .unwrap();
+    assert!(asked, "where nothing has an entry is asked for");
+    assert!(
+        found.iter().any(|run| run.0 <= page.0 && page.1 <= run.1),
+        "it is told once more"
+    );
+    assert!(!other.collect().contains(&20), "and is clean");
+    other.tell("drop");
+    assert!(!other.collect().contains(&20));
+    other.tell("write 20");
+    other.tell("drop");
+    assert!(other.collect().contains(&20));
+    assert!(!other.collect().contains(&20));
 }
 
 /// The kernel keeps the marks of what was clean, so that only its being away shows.

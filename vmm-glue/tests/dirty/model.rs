@@ -2,7 +2,7 @@
 //! of it in the end.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::io::{self, BufRead, BufReader, IoSlice, Write};
 use std::os::unix::fs::FileExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use lazyvm_vmm_glue::attach::Process;
 use lazyvm_vmm_glue::dirty::WriteWatch;
+use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_writev};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, Whence, lseek};
 
 use crate::common::huge::HugePages;
 use crate::common::skip;
@@ -84,6 +85,11 @@ fn follow(kind: Kind, seed: u64, test: &str) {
     );
     let again = copy.collect(&mut watch);
     assert!(!whole || again == 0, "{kind:?}: all is clean");
+    let tells_holes = kind.is_shared() && !kind.is_huge();
+    assert!(
+        !tells_holes || copy.collect_data(&mut watch) == 0,
+        "{kind:?} with seed {seed}: whatever holds data is clean"
+    );
     assert!(reported > 0, "{kind:?}: nothing was reported");
     println!("dirty: {kind:?} with seed {seed}: {reported} pages while it ran, {last} at the end");
 }
@@ -164,6 +170,7 @@ impl Drop for Written {
 /// The reader's copy of the memory. It reads shared memory by its file, as sources do.
 struct Copy {
     memory: File,
+    kind: Kind,
     /// Of the memory, in that file.
     offset: u64,
     address: u64,
@@ -180,6 +187,7 @@ impl Copy {
         };
         let mut copy = Self {
             memory: File::open(path).unwrap(),
+            kind: written.kind,
             offset,
             address: written.address,
             bytes: vec![0; written.kind.bytes()],
@@ -197,9 +205,25 @@ impl Copy {
 
     /// Copies what is reported, and gives how many pages that was.
     fn collect(&mut self, watch: &mut WriteWatch) -> u64 {
+        let ranges = self.follow(watch);
+        ranges.iter().map(|(start, end)| (end - start) / 4096).sum()
+    }
+
+    /// The same, but gives how many bytes of data that was.
+    fn collect_data(&mut self, watch: &mut WriteWatch) -> u64 {
+        let mut bytes = 0;
+        for (start, end) in self.follow(watch) {
+            self.data(start, end, &mut |from, to| bytes += to - from)
+                .unwrap();
+        }
+        bytes
+    }
+
+    fn follow(&mut self, watch: &mut WriteWatch) -> Vec<(u64, u64)> {
         let mut ranges = Vec::new();
+        let mut holding = |start, end, data: &mut dyn FnMut(u64, u64)| self.data(start, end, data);
         watch
-            .collect(&mut |start, end| ranges.push((start, end)))
+            .collect_holding(&mut holding, &mut |start, end| ranges.push((start, end)))
             .unwrap();
         for &(start, end) in &ranges {
             self.read(
@@ -207,7 +231,27 @@ impl Copy {
                 (end - self.address) as usize,
             );
         }
-        ranges.iter().map(|(start, end)| (end - start) / 4096).sum()
+        ranges
+    }
+
+    /// Where the file has data, if it tells.
+    fn data(&self, start: u64, end: u64, data: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
+        if !self.kind.is_shared() || self.kind.is_huge() {
+            return Ok(());
+        }
+        let (mut at, end) = ((start - self.address) as i64, (end - self.address) as i64);
+        while at < end {
+            let from = match lseek(&self.memory, at, Whence::SeekData) {
+                Err(Errno::ENXIO) => break,
+                found => found?,
+            };
+            if from >= end {
+                break;
+            }
+            at = lseek(&self.memory, from, Whence::SeekHole)?.min(end);
+            data(self.address + from as u64, self.address + at as u64);
+        }
+        Ok(())
     }
 
     /// The pages that are not as in the memory.
