@@ -186,21 +186,22 @@ impl Pusher<'_> {
 
     /// What the path carries: a congestion window a round trip.
     fn look_at_path(&mut self) {
-        let path = self.connection.stats().path;
+        let window = lazyvm_quic::window(self.connection);
         let limit = self.session.config.max_bandwidth.unwrap_or(u64::MAX);
-        let carries = path.cwnd as f64 / path.rtt.as_secs_f64().max(1e-6);
+        let carries = window as f64 / self.connection.rtt().as_secs_f64().max(1e-6);
         let carries = carries.min(limit as f64);
         self.packer.path_carries(carries);
         self.stream_bytes = ((carries * STREAM_TIME.as_secs_f64()) as usize)
             .clamp(STREAM_BYTES_MIN, STREAM_BYTES_MAX);
         self.early_stream_bytes =
-            ((path.cwnd / EARLY_STREAMS) as usize).clamp(STREAM_BYTES_MIN, STREAM_BYTES_MAX);
+            ((window / EARLY_STREAMS) as usize).clamp(STREAM_BYTES_MIN, STREAM_BYTES_MAX);
         let session = self.session;
         session
             .path_bytes_s
             .store(carries as u64, Ordering::Relaxed);
-        let window = path.cwnd.max(WINDOW_MIN);
-        session.path_window.store(window, Ordering::Relaxed);
+        session
+            .path_window
+            .store(window.max(WINDOW_MIN), Ordering::Relaxed);
     }
 
     /// A window goes on a stream of its own, ahead of what is waiting to be sent.

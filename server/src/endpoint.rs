@@ -350,7 +350,7 @@ async fn accept(shared: Arc<Shared>, lane: Lane, endpoint: quinn::Endpoint) {
                     let connection = guest.connection.clone();
                     guest.serve().await;
                     if let Some(mut on_path) = on_path {
-                        on_path.window = Some(connection.stats().path.cwnd);
+                        on_path.window = Some(lazyvm_quic::window(&connection));
                     }
                 }
                 Ok(Err(reason)) => tracing::warn!(%peer, "refused: {reason}"),

@@ -18,7 +18,7 @@ pub use config::{
     BULK_STREAMS_MAX, FAULT_STREAMS_MAX, IDLE_TIMEOUT, ServerConfigs, SetupError, client_config,
     server_configs, widen_for_path,
 };
-pub use congestion::{Core as Congestion, Rival, ShortQueue};
+pub use congestion::{Core as Congestion, Rival, ShortQueue, window};
 pub use control::{ControlReceiver, ControlSender, ControlStreamError, control_stream};
 pub use lane::endpoint_config;
 pub use socket::{bind, bind_lanes};

@@ -1,10 +1,12 @@
 //! The push's congestion controller, without clock and connection. Times are since any fixed instant.
 
+mod pace;
 mod rival;
 mod start;
 
 use std::time::Duration;
 
+use self::pace::Pace;
 use self::start::{EndedStart, START_DELAY_MIN, START_LOSS};
 use super::cubic::Cubic;
 use super::filter::{RecentMin, RecentRate, Rounds};
@@ -122,6 +124,7 @@ pub struct Core {
     window: f64,
     phase: Phase,
     round: Round,
+    pace: Pace,
     /// The start's end, until what was sent before it is acknowledged.
     ended_start: Option<EndedStart>,
     rtt: Duration,
@@ -174,6 +177,7 @@ impl Core {
             window: initial_window as f64,
             phase: Phase::Start,
             round: Round::default(),
+            pace: Pace::default(),
             ended_start: None,
             rtt: Duration::ZERO,
             base: RecentMin::default(),
@@ -252,6 +256,7 @@ impl Core {
             *self = Self {
                 window_first: self.window_first,
                 based_at: now,
+                pace: std::mem::take(&mut self.pace),
                 ..Self::new(window as u64, self.packet as u16, self.rival)
             };
             self.round.began = now;

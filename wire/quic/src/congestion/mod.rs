@@ -11,6 +11,7 @@
 //! | a target that grows more slowly than the rate, so that flows become equal | Swift's flow scaling (Kumar et al., SIGCOMM 2020) |
 //! | the window never far above delivery rate times path delay, whatever the delay says; drained rounds to see the path's own delay again | BBR (Cardwell et al., draft-ietf-ccwg-bbr) |
 //! | the start: doubling until the delay grows by an eighth, and again where a packet of the larger window met no queue | HyStart++ (RFC 9406), whose conservative slow start has the same purpose |
+//! | what the sender's late timers have left is made up for while the start doubles | own |
 //! | faster and faster growth while the queue stays empty and the bytes arrive | Copa's velocity |
 //! | a queue that stays although the window was cut by twice as much is looked at in a drained round, as a rival's is: the path may have become longer | own |
 //! | a queue that others fill is shared, by CUBIC's curve, until a drained round finds it gone | Copa's competitive mode, CUBIC (RFC 9438) |
@@ -43,6 +44,14 @@ pub struct ShortQueue {
     pub rival: Rival,
 }
 
+/// The bytes that may be in flight on a connection. Its statistics tell what it was told last ([`Core::told_window`]).
+pub fn window(connection: &quinn::Connection) -> u64 {
+    let state = connection.congestion_state();
+    let told = state.window();
+    let own = state.into_any().downcast::<OnConnection>();
+    own.map_or(told, |own| own.core.window())
+}
+
 impl ControllerFactory for ShortQueue {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
         Box::new(OnConnection {
@@ -68,6 +77,11 @@ impl OnConnection {
 }
 
 impl Controller for OnConnection {
+    fn on_sent(&mut self, now: Instant, bytes: u64, _last_packet_number: u64) {
+        let now = self.since_began(now);
+        self.core.on_sent(now, bytes);
+    }
+
     fn on_ack(
         &mut self,
         _heard: Instant,
@@ -82,6 +96,17 @@ impl Controller for OnConnection {
         let now = Instant::now();
         let (now, sent) = (self.since_began(now), self.since_began(sent));
         self.core.on_ack(now, sent, bytes, app_limited);
+    }
+
+    fn on_end_acks(
+        &mut self,
+        now: Instant,
+        in_flight: u64,
+        _app_limited: bool,
+        _largest_packet_num_acked: Option<u64>,
+    ) {
+        let now = self.since_began(now);
+        self.core.in_flight_is(now, in_flight);
     }
 
     fn on_congestion_event(
@@ -100,7 +125,7 @@ impl Controller for OnConnection {
     }
 
     fn window(&self) -> u64 {
-        self.core.window()
+        self.core.told_window()
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {

@@ -129,7 +129,7 @@ impl Flow {
 
     fn window(&self) -> f64 {
         match &self.control {
-            Control::Lazyvm(core) => core.window() as f64,
+            Control::Lazyvm(core) => core.told_window() as f64,
             Control::Tcp(tcp) => tcp.window * PACKET,
         }
     }
@@ -171,6 +171,8 @@ pub struct Simulation {
     last_ack: Duration,
     jitter: (Duration, Duration),
     woken: Vec<bool>,
+    /// How late the senders' timers are.
+    pub late: Duration,
     /// From when to when the senders get no processor.
     pub asleep: (Duration, Duration),
     /// From when to when acknowledgements that come seem to come at its begin.
@@ -192,6 +194,7 @@ impl Simulation {
             random: 0x9e37_79b9_7f4a_7c15,
             last_ack: Duration::ZERO,
             jitter: (Duration::ZERO, Duration::ZERO),
+            late: Duration::ZERO,
             asleep: (Duration::ZERO, Duration::ZERO),
             misread: (Duration::ZERO, Duration::ZERO),
             queues: Vec::new(),
@@ -264,7 +267,7 @@ impl Simulation {
     fn send(&mut self, number: usize) {
         while let Some(at) = self.flows[number].may_send(self.now) {
             if at > self.now {
-                return self.wake(number, at);
+                return self.wake(number, at + self.late);
             }
             self.send_one(number);
         }
@@ -286,6 +289,9 @@ impl Simulation {
             lost,
         };
         flow.next += 1;
+        if let Control::Lazyvm(core) = &mut flow.control {
+            core.on_sent(now, PACKET as u64);
+        }
         let packet = sent.number;
         flow.in_flight.push_back(sent);
         if lost {
@@ -338,6 +344,9 @@ impl Simulation {
                 Control::Lazyvm(core) => core.on_ack(now, sent.at, PACKET as u64, false),
                 Control::Tcp(tcp) => tcp.acked(now.as_secs_f64(), rtt.as_secs_f64()),
             }
+        }
+        if let Control::Lazyvm(core) = &mut flow.control {
+            core.in_flight_is(now, flow.in_flight.len() as u64 * PACKET as u64);
         }
         self.send(number);
     }

@@ -1,0 +1,78 @@
+//! What the sender is told of the window while there is room in it.
+//!
+//! quinn lets 2 ms worth of the window go at a time, a quarter faster than a window in a round trip (its `pacing.rs`), and what
+//! a timer that comes late has not used is gone. Where timers come 2 ms late, as tokio's do, three quarters of a
+//! window are used, and a start that doubles it each round takes half as long again. So it is counted what should have gone by
+//! now. While that is more than what has, the sender is told a larger window, and makes its bursts larger.
+
+use std::time::Duration;
+
+use super::{Core, Phase};
+
+/// Windows in a round trip, and the time between two bursts: quinn's.
+const PACE: f64 = 1.25;
+const BURST: Duration = Duration::from_millis(2);
+
+/// The longest that the sender may have been late and makes up for.
+const BEHIND_MAX: Duration = Duration::from_millis(6);
+
+/// The told window in windows. Bursts are so much larger.
+const TOLD: f64 = 2.0;
+
+/// Packets that leave at once, before they are heard of: quinn's most.
+const UNHEARD_PACKETS: f64 = 10.0;
+
+/// How far the sender is behind.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pace {
+    in_flight: f64,
+    /// Bytes that should have gone, at this time.
+    behind: f64,
+    at: Duration,
+}
+
+impl Core {
+    /// The window that the sender is to be told, for its pace as well as for what may be in flight.
+    pub fn told_window(&self) -> u64 {
+        let window = self.window();
+        let is_behind = self.pace.behind > self.bytes_in(BURST);
+        if matches!(self.phase, Phase::Start) && self.has_room() && is_behind {
+            return (window as f64 * TOLD) as u64;
+        }
+        window
+    }
+
+    /// `bytes` have left.
+    pub fn on_sent(&mut self, now: Duration, bytes: u64) {
+        let elapsed = now.saturating_sub(self.pace.at).min(BEHIND_MAX);
+        let behind = self.pace.behind + PACE * self.bytes_in(elapsed);
+        let most = PACE * self.bytes_in(BEHIND_MAX);
+        self.pace.behind = (behind.min(most) - bytes as f64).max(0.0);
+        self.pace.at = now;
+        self.pace.in_flight += bytes as f64;
+        if !self.has_room() {
+            self.pace.behind = 0.0;
+        }
+    }
+
+    /// So many bytes are in flight.
+    pub fn in_flight_is(&mut self, now: Duration, bytes: u64) {
+        // Who had to wait for this was not late.
+        if !self.has_room() {
+            self.pace.at = now;
+        }
+        self.pace.in_flight = bytes as f64;
+    }
+
+    fn has_room(&self) -> bool {
+        self.pace.in_flight + UNHEARD_PACKETS * self.packet < self.window() as f64
+    }
+
+    /// A window in a round trip for so long.
+    fn bytes_in(&self, time: Duration) -> f64 {
+        match self.rtt {
+            Duration::ZERO => 0.0,
+            rtt => self.window() as f64 * time.as_secs_f64() / rtt.as_secs_f64(),
+        }
+    }
+}
