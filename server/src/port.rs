@@ -52,6 +52,11 @@ pub trait SourceMachine: Send + Sync {
         None
     }
 
+    /// What records which pages the machine touches where it runs on here; `None` where nothing can. Nothing is recorded yet.
+    fn recorder(&self) -> Option<Box<dyn TouchRecorder>> {
+        None
+    }
+
     /// What is known from earlier times of the pages that the machine needs first, for one session; `None` where nothing
     /// is kept.
     fn profile(&self) -> Option<Box<dyn Profile>> {
@@ -156,15 +161,20 @@ pub trait Scout: Send {
     /// # Errors
     /// As above.
     fn look_paused(&mut self) -> Result<Hints, MachineError>;
+}
 
-    /// Hears no more than what was touched since it was last asked, which is much quicker than a look: the order in which
-    /// pages show as hot is then finer than the looks are.
+/// Records which pages a machine touches, each when it is touched first, which holds the machine up at each. Calls may block, and
+/// come from one thread at a time. Dropping it stops it.
+pub trait TouchRecorder: Send {
+    /// Begins with a machine that stands still, after its [`Scout`] has begun to watch. No [`DirtyTracker`] may be noting its writes
+    /// meanwhile.
     ///
     /// # Errors
-    /// As above.
-    fn glance(&mut self) -> Result<(), MachineError> {
-        Ok(())
-    }
+    /// The machine's own. Nothing is recorded, and nothing is held up.
+    fn start(&mut self) -> Result<(), MachineError>;
+
+    /// Ends it: the pages that were touched, in this order, some more than once.
+    fn stop(&mut self) -> Vec<PageIndex>;
 }
 
 /// Pages that a machine needs soon. Lists may overlap and may name pages that hold nothing.

@@ -21,6 +21,7 @@ mod kills;
 mod load;
 mod modes;
 mod moves;
+mod recorder;
 mod refusals;
 mod snapshots;
 mod surroundings;

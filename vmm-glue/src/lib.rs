@@ -2,7 +2,7 @@
 //!
 //! [`kvm`] is lazyvm's own; [`qemu`] and [`firecracker`] are the real ones, as they are; [`attach`] is what QEMU needs of any
 //! process, [`dirty`] which pages
-//! a process writes, [`x86`] what a guest's own tables tell.
+//! a process writes, [`record`] which it touches in which order, [`x86`] what a guest's own tables tell.
 
 pub mod attach;
 pub mod dirty;
@@ -11,6 +11,7 @@ pub mod kvm;
 mod pagemap;
 pub mod plain;
 pub mod qemu;
+pub mod record;
 pub mod x86;
 
 /// The program in `docs/library.md` is a test. It stands here because it names both ends, which never name each other.

@@ -2,22 +2,21 @@
 //! are the profile that a snapshot begins with.
 //!
 //! The machine itself goes on from the very pause that a clone goes on from, so the best hint is what it does right after
-//! that. It is looked at at short intervals then, which tells in what order it uses its pages: by its scout, or, where it has
-//! none, by the tracker of its writes.
+//! that. For the first moments each page is recorded when it touches it. Then it is looked at at short intervals, by its scout, or,
+//! where it has none, by the tracker of its writes.
 
 use std::collections::HashSet;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lazyvm_wire::{Layout, PageIndex, PageRange};
 
 use super::format::PROFILE_PAGES_MAX;
-use crate::port::{DirtyTracker, Hints, Scout, SourceMachine};
+use super::take::SMALL_PAGES;
+use crate::port::{DirtyTracker, Hints, Scout, SourceMachine, TouchRecorder};
 
-/// The first moments, and how often is asked in them what the machine uses: what it uses until its next sign of life is to be
-/// told from what it uses behind that.
-const AT_ONCE: Duration = Duration::from_millis(12);
-const GLANCE_EVERY: Duration = Duration::from_millis(1);
+/// For how long each page that the machine touches is recorded: some of its ticks, although it is held up at each page.
+const RECORDED: Duration = Duration::from_millis(100);
 
 /// When it is looked at behind them: after this long each time.
 const WATCHED_ON: [Duration; 7] = [
@@ -30,8 +29,8 @@ const WATCHED_ON: [Duration; 7] = [
     Duration::from_millis(320),
 ];
 
-/// Pages of code among what is used at once that show that code is seen where it runs.
-const CODE_IS_SEEN: usize = 16;
+/// Pages that were seen to be used, to each that may be.
+const SEEN_TURN: usize = 2;
 
 /// Where a machine that no scout looks at has its tables and its first code, most likely: 2.25 MiB, of which pages of zeros
 /// cost nothing.
@@ -43,6 +42,7 @@ const LOW_MEMORY: PageRange = PageRange {
 /// See the module.
 pub(super) struct Lead {
     scout: Option<Box<dyn Scout>>,
+    recorder: Option<Box<dyn TouchRecorder>>,
     hints: Hints,
     /// What was written up to the pause, the oldest first.
     written: Vec<PageRange>,
@@ -59,7 +59,12 @@ impl Lead {
             Some(_) => Vec::new(),
             None => vec![LOW_MEMORY],
         };
+        let is_large = machine.layout().pages() > SMALL_PAGES;
         Self {
+            recorder: scout
+                .as_ref()
+                .filter(|_| is_large)
+                .and_then(|_| machine.recorder()),
             scout,
             hints: Hints {
                 tables,
@@ -91,9 +96,20 @@ impl Lead {
         self.forget();
     }
 
+    /// Whether it is to be recorded what the machine touches, with no tracker noting its writes meanwhile.
+    pub fn records(&self) -> bool {
+        self.recorder.is_some()
+    }
+
     /// The paused machine runs on next: what it touches from then on is to be seen.
     pub fn runs_on_next(&mut self) {
         self.forget();
+        if let Some(recorder) = &mut self.recorder
+            && let Err(error) = recorder.start()
+        {
+            tracing::debug!(%error, "not known in what order the VM touches its pages");
+            self.recorder = None;
+        }
     }
 
     fn forget(&mut self) {
@@ -107,15 +123,15 @@ impl Lead {
 
     /// Hears what the machine uses right after the pause, as its clones will; what it writes, where there is no scout.
     pub fn watch_on(&mut self, mut tracker: Option<&mut dyn DirtyTracker>) {
-        let start = Instant::now();
-        while start.elapsed() < AT_ONCE {
-            thread::sleep(GLANCE_EVERY);
-            if let Some(scout) = &mut self.scout
-                && let Err(error) = scout.glance()
-            {
-                tracing::debug!(%error, "not known what the VM uses right after the pause");
-                break;
-            }
+        if let Some(mut recorder) = self.recorder.take() {
+            thread::sleep(RECORDED);
+            let pages = recorder.stop();
+            tracing::debug!(
+                pages = pages.len(),
+                "touched in the first moments after the pause"
+            );
+            self.at_once
+                .extend(pages.into_iter().map(|page| PageRange::new(page, 1)));
         }
         for time in WATCHED_ON {
             thread::sleep(time);
@@ -160,8 +176,8 @@ impl Lead {
         };
         let at_once = pages(self.at_once);
         let written = pages(self.written.into_iter().rev().collect());
-        let used = used_at_once(at_once, pages(code));
-        let parts = [pages(tables), pages(processor), used, pages(self.later)];
+        let used = in_turns(at_once, pages(processor), pages(code));
+        let parts = [pages(tables), used, pages(self.later)];
         let mut seen = HashSet::new();
         parts
             .into_iter()
@@ -173,23 +189,29 @@ impl Lead {
     }
 }
 
-/// What was seen to be used at once, and the code that was ever used. Where some of that was seen, all that is needed was, and
-/// the other code waits. Where none was (a machine that is emulated reads code once, when it translates it), it is needed as
-/// soon as the rest: both come to their end together, since neither alone is of use.
-fn used_at_once(seen: Vec<PageIndex>, code: Vec<PageIndex>) -> Vec<PageIndex> {
-    let is_code: HashSet<_> = code.iter().collect();
-    if seen.iter().filter(|page| is_code.contains(page)).count() >= CODE_IS_SEEN {
-        return [seen, code].concat();
+/// What was seen to be used at once, what the processors point to, and the code that was ever used, in turns. What was seen is what
+/// a clone needs, but no clone runs as its VM did: each page that it waits for lets timers come due, and who handles those is
+/// among the others.
+fn in_turns(
+    seen: Vec<PageIndex>,
+    processor: Vec<PageIndex>,
+    code: Vec<PageIndex>,
+) -> Vec<PageIndex> {
+    let mut lists = [
+        (seen.into_iter(), SEEN_TURN),
+        (processor.into_iter(), 1),
+        (code.into_iter(), 1),
+    ];
+    let mut all = Vec::new();
+    loop {
+        let before = all.len();
+        for (list, count) in &mut lists {
+            all.extend(list.take(*count));
+        }
+        if all.len() == before {
+            return all;
+        }
     }
-    let every = code.len().div_ceil(seen.len().max(1)).max(1);
-    let mut code = code.chunks(every);
-    let mut both = Vec::new();
-    for page in seen {
-        both.push(page);
-        both.extend_from_slice(code.next().unwrap_or_default());
-    }
-    both.extend(code.flatten());
-    both
 }
 
 #[cfg(test)]
@@ -208,6 +230,7 @@ mod tests {
     fn what_is_used_right_after_the_pause_comes_first_and_each_page_once() {
         let lead = Lead {
             scout: None,
+            recorder: None,
             hints: Hints {
                 tables: vec![range(9, 1)],
                 code: vec![range(0, 4), range(90, 100)],
@@ -218,18 +241,15 @@ mod tests {
             later: vec![range(8, 1), range(1, 1), range(6, 1)],
         };
         let pages = lead.pages(&Layout::flat(92).unwrap());
-        assert_eq!(numbers(pages), [9, 8, 0, 1, 2, 7, 3, 90, 91, 6, 5]);
+        assert_eq!(numbers(pages), [9, 8, 7, 0, 1, 2, 3, 90, 91, 6, 5]);
     }
 
     #[test]
-    fn code_that_was_not_seen_waits_where_code_is_seen() {
+    fn what_was_seen_and_what_may_be_needed_take_turns() {
         let pages = |range: PageRange| range.pages().collect::<Vec<_>>();
-        let seen = pages(range(10, CODE_IS_SEEN as u64));
-        let all = used_at_once(seen.clone(), pages(range(0, 30)));
-        assert_eq!(all[..seen.len()], seen);
-        let few = used_at_once(pages(range(29, 2)), pages(range(0, 30)));
-        assert_eq!(numbers(few[..3].to_vec()), [29, 0, 1]);
-        assert_eq!(few.len(), 32);
-        assert_eq!(used_at_once(Vec::new(), pages(range(0, 3))).len(), 3);
+        let (seen, processor, code) = (range(10, 5), range(100, 2), range(0, 4));
+        let all = in_turns(pages(seen), pages(processor), pages(code));
+        assert_eq!(numbers(all), [10, 11, 100, 0, 12, 13, 101, 1, 14, 2, 3]);
+        assert_eq!(in_turns(Vec::new(), Vec::new(), pages(code)), pages(code));
     }
 }

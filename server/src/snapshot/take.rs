@@ -27,7 +27,7 @@ const COPY_PAGES_MAX: usize = 64 * 1024;
 const SPARE_PAGES: usize = 4096;
 
 /// Memory that is with a clone in no time, whatever comes first: 16 MiB.
-const SMALL_PAGES: u64 = 4096;
+pub(super) const SMALL_PAGES: u64 = 4096;
 
 /// A snapshot that was not taken. The machine runs on, unless it says otherwise.
 #[derive(Debug, thiserror::Error)]
@@ -372,7 +372,7 @@ impl Job<'_> {
         let tracker = match changes {
             Changes::Tracked(mut tracker, runs) => {
                 self.copy_tracked(tracker.as_mut(), runs, &mut paused)?;
-                Some(tracker)
+                Some(tracker).filter(|_| !self.lead.records())
             }
             Changes::Compared(compared) => {
                 self.copy_compared(&compared, &mut paused)?;

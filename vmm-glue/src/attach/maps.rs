@@ -1,7 +1,10 @@
 //! `/proc/PID/maps`: what a process has mapped, and from which file.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+
+use nix::libc::{major, minor};
 
 /// Longest table that is read, in bytes: far above what a hypervisor has.
 const TABLE_MAX: u64 = 32 << 20;
@@ -52,6 +55,14 @@ pub struct Mapping {
     pub inode: u64,
     /// The file's name, or what the kernel calls it.
     pub name: String,
+}
+
+impl Mapping {
+    /// Whether it shares this file with others.
+    pub fn is_of(&self, file: &Metadata) -> bool {
+        let device = (major(file.dev()).into(), minor(file.dev()).into());
+        self.shared && self.inode == file.ino() && self.device == device
+    }
 }
 
 /// All of them, ascending.

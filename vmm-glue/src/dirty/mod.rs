@@ -29,6 +29,8 @@ use bitvec::prelude::{BitVec, Lsb0};
 use lazyvm_wire::{PAGE_SHIFT, PAGE_SIZE};
 use nix::errno::Errno;
 
+pub(crate) use sys::agree_on;
+
 use crate::attach::{AttachError, Process};
 use crate::pagemap::{Pages, scan};
 

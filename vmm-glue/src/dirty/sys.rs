@@ -53,9 +53,14 @@ const PROTECT: u64 = 1;
 
 /// Agrees on protection that the kernel lifts by itself when a page is written; `EINVAL` before Linux 6.7.
 pub(super) fn agree(uffd: BorrowedFd<'_>) -> Result<(), Errno> {
+    agree_on(uffd, FEATURES)
+}
+
+/// Agrees on these features, which is done once; `EINVAL` where the kernel lacks one.
+pub(crate) fn agree_on(uffd: BorrowedFd<'_>, features: u64) -> Result<(), Errno> {
     let mut api = Api {
         api: UFFD_API,
-        features: FEATURES,
+        features,
         ioctls: 0,
     };
     // SAFETY: the kernel reads and writes one struct of this type.

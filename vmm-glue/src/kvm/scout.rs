@@ -101,12 +101,4 @@ impl Scout for KvmScout {
             looks.look_paused(&vcpus, &mut || touched(client, pages))
         })
     }
-
-    fn glance(&mut self) -> Result<(), MachineError> {
-        let mut client = self.client()?;
-        self.looks
-            .glance(&mut || touched(&mut client, self.pages))?;
-        self.client = Some(client);
-        Ok(())
-    }
 }

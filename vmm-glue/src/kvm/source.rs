@@ -6,8 +6,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use lazyvm_server::port::{DirtyTracker, MachineError, Scout, SourceMachine, SourceMemory};
-use lazyvm_wire::{Layout, MachineOffer, PAGE_SIZE, PageIndex, PageRange};
+use lazyvm_server::port::{
+    DirtyTracker, MachineError, Scout, SourceMachine, SourceMemory, TouchRecorder,
+};
+use lazyvm_wire::{Backing, Layout, MachineOffer, PAGE_SIZE, PageIndex, PageRange};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
@@ -15,6 +17,8 @@ use super::control::{ControlClient, ControlError};
 use super::lock;
 use super::scout::KvmScout;
 use super::tracker::KvmTracker;
+use crate::attach::{Mapping, Process};
+use crate::record::{Piece, Recorder};
 
 /// A machine that runs in another process, reached by its control socket.
 ///
@@ -113,6 +117,38 @@ impl RemoteMachine {
     }
 }
 
+impl RemoteMachine {
+    /// The machine's process, and where that has the memory mapped, as far as it is of small pages.
+    fn find_memory(&self) -> Result<(Process, Vec<Piece>), MachineError> {
+        let status = self.request(ControlClient::status)?;
+        let process = Process::open(i32::try_from(status.pid)?)?;
+        let mappings = process.mappings()?;
+        let file = self.memory.file.metadata()?;
+        let mut pieces = Vec::new();
+        let mut first = PageIndex(0);
+        for region in self.layout.regions() {
+            let pages = PageRange::new(first, region.pages);
+            let covers = |mapping: &&Mapping| {
+                let bytes = mapping.end - mapping.start;
+                mapping.is_of(&file)
+                    && mapping.offset <= pages.first.byte_offset()
+                    && mapping.offset + bytes >= pages.end().byte_offset()
+            };
+            if region.backing == Backing::Small
+                && let Some(mapping) = mappings.iter().find(covers)
+            {
+                pieces.push(Piece {
+                    host: mapping.start + (pages.first.byte_offset() - mapping.offset),
+                    bytes: pages.bytes(),
+                    first,
+                });
+            }
+            first = pages.end();
+        }
+        Ok((process, pieces))
+    }
+}
+
 impl SourceMachine for RemoteMachine {
     fn layout(&self) -> &Layout {
         &self.layout
@@ -133,6 +169,19 @@ impl SourceMachine for RemoteMachine {
             &self.layout,
             self.memory(),
         )))
+    }
+
+    fn recorder(&self) -> Option<Box<dyn TouchRecorder>> {
+        match self.find_memory() {
+            Ok((process, pieces)) => match Recorder::new(&process, pieces) {
+                Ok(recorder) => return Some(Box::new(recorder)),
+                Err(error) => tracing::debug!(%error, "the machine's touches can't be recorded"),
+            },
+            Err(error) => {
+                tracing::debug!(%error, "the machine's memory is not found in its process")
+            }
+        }
+        None
     }
 
     fn tracker(&self) -> Option<Box<dyn DirtyTracker>> {

@@ -12,6 +12,7 @@ mod offer;
 mod peer;
 mod qmp;
 mod ram;
+mod recorder;
 pub mod registers;
 mod scout;
 mod source;

@@ -186,11 +186,6 @@ impl Scout for QemuScout {
             .look_paused(&vcpus, &mut || touched(pagemap, regions, layout))?;
         Ok(self.with_roms(hints))
     }
-
-    fn glance(&mut self) -> Result<(), MachineError> {
-        let (pagemap, regions, layout) = (self.pagemap.as_ref(), &self.regions, &self.layout);
-        self.looks.glance(&mut || touched(pagemap, regions, layout))
-    }
 }
 
 #[cfg(test)]

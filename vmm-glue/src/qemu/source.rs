@@ -6,18 +6,22 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use lazyvm_server::port::{DirtyTracker, MachineError, Scout, SourceMachine, SourceMemory};
-use lazyvm_wire::{Layout, MachineOffer};
+use lazyvm_server::port::{
+    DirtyTracker, MachineError, Scout, SourceMachine, SourceMemory, TouchRecorder,
+};
+use lazyvm_wire::{Backing, Gpa, Layout, MachineOffer};
 use serde_json::{Value, json};
 
 use super::memory::{self, MemoryError, RamRegion};
 use super::offer::Offer;
 use super::qmp::{Qmp, QmpError};
 use super::ram::SharedRam;
+use super::recorder::QemuRecorder;
 use super::scout::QemuScout;
 use super::tracker::QemuTracker;
 use super::transfer::{self, Changed, TransferError};
 use crate::attach::{AttachError, Process};
+use crate::record::{Piece, Recorder};
 
 /// How long a QEMU that was told to quit may take.
 const QUIT_WITHIN: u16 = 10_000;
@@ -268,6 +272,30 @@ impl SourceMachine for Source {
             &self.layout,
             Arc::clone(&self.memory),
         )))
+    }
+
+    fn recorder(&self) -> Option<Box<dyn TouchRecorder>> {
+        let small = self
+            .regions
+            .iter()
+            .filter(|region| region.backing == Backing::Small);
+        let pieces = small.filter_map(|region| {
+            Some(Piece {
+                host: region.host,
+                bytes: region.bytes,
+                first: self.layout.page_of(Gpa(region.gpa))?,
+            })
+        });
+        match Recorder::new(&self.process, pieces.collect()) {
+            Ok(recorder) => Some(Box::new(QemuRecorder::new(
+                recorder,
+                Arc::clone(&self.inner),
+            ))),
+            Err(error) => {
+                tracing::debug!(%error, "QEMU's touches can't be recorded");
+                None
+            }
+        }
     }
 
     fn tracker(&self) -> Option<Box<dyn DirtyTracker>> {

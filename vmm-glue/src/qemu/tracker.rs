@@ -1,11 +1,9 @@
 //! Which pages a QEMU's guest and its devices write: [`WriteWatch`] on every mapping of the RAM's files.
 
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use lazyvm_server::port::{DirtyTracker, MachineError, SourceMemory};
 use lazyvm_wire::{Backing, Gpa, Layout, PAGE_SHIFT, PageIndex, PageRange};
-use nix::libc;
 
 use super::memory::RamRegion;
 use super::ram::SharedRam;
@@ -104,15 +102,9 @@ impl QemuTracker {
             let first = self.layout.page_of(Gpa(region.gpa));
             let first = first.ok_or_else(|| TrackError::NotMapped(region.name.clone()))?;
             let file = region.file.metadata()?;
-            let device = (
-                u64::from(libc::major(file.dev())),
-                u64::from(libc::minor(file.dev())),
-            );
             let region_end = region.offset + region.bytes;
             let before = pieces.len();
-            for mapping in mappings.iter().filter(|mapping| {
-                mapping.shared && mapping.inode == file.ino() && mapping.device == device
-            }) {
+            for mapping in mappings.iter().filter(|mapping| mapping.is_of(&file)) {
                 let mapping_end = mapping.offset + (mapping.end - mapping.start);
                 let from = mapping.offset.max(region.offset);
                 let to = mapping_end.min(region_end);

@@ -57,14 +57,6 @@ impl Looks {
         self.touched = Some(PageList::new(self.memory.layout().pages()));
     }
 
-    /// Asks no more than what was touched.
-    ///
-    /// # Errors
-    /// Those of `touched`.
-    pub fn glance(&mut self, touched: &mut Touched<'_>) -> Result<(), MachineError> {
-        self.ask(touched)
-    }
-
     /// At the running machine, whose processors these are. `touched` is asked only where there is a watch. The virtual
     /// order, which is large, is told at the pause only.
     ///

@@ -19,8 +19,11 @@ use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
+use lazyvm_server::port::TouchRecorder;
 use lazyvm_vmm_glue::attach::Process;
 use lazyvm_vmm_glue::dirty::WriteWatch;
+use lazyvm_vmm_glue::record::{Piece, Recorder};
+use lazyvm_wire::PageIndex;
 
 use common::huge::HugePages;
 use memory::{Kind, Memory};
@@ -110,6 +113,7 @@ fn main() {
     }
     deed_by_deed();
     what_held_nothing_at_the_start();
+    touches_in_order();
     huge_pages_that_are_given_back();
     model::run();
     println!("dirty: ok");
@@ -183,6 +187,60 @@ fn what_held_nothing_at_the_start() {
     other.tell("drop");
     assert!(other.collect().contains(&20));
     assert!(!other.collect().contains(&20));
+}
+
+/// Touches are told one by one, in their order, without neighbours, and nobody waits longer than until he is heard of.
+fn touches_in_order() {
+    for kind in [Kind::Memfd, Kind::Tmpfs] {
+        let mut other = Other::start(kind);
+        other.watch = None;
+        for page in 0..64 {
+            other.tell(&format!("write {page}"));
+        }
+        let process = Process::open(other.child.id() as i32).unwrap();
+        let piece = Piece {
+            host: other.address,
+            bytes: kind.bytes() as u64,
+            first: PageIndex(1000),
+        };
+        let mut recorder = Recorder::new(&process, vec![piece]).unwrap();
+        assert!(recorder.stop().is_empty(), "not begun");
+        for deeds in [
+            ["read 3", "write 7", "read 5"],
+            ["write 60", "read 0", "write 31"],
+        ] {
+            other.tell("drop");
+            recorder.start().unwrap();
+            let mut expected = Vec::new();
+            for deed in deeds {
+                other.tell(deed);
+                let (_, page) = deed.split_once(' ').unwrap();
+                expected.push(PageIndex(1000 + page.parse::<u64>().unwrap()));
+            }
+            // Again, and where nothing is yet.
+            other.tell(deeds[0]);
+            other.tell("write 100");
+            other.tell("give 100");
+            assert_eq!(recorder.stop(), expected, "{kind:?}");
+            other.tell("write 9");
+            assert!(recorder.stop().is_empty(), "{kind:?}: over");
+        }
+        // Whoever records may go at any time; two can't.
+        other.tell("drop");
+        recorder.start().unwrap();
+        let mut second = Recorder::new(&process, vec![piece]).unwrap();
+        assert!(second.start().is_err());
+        other.tell("read 12");
+        assert_eq!(recorder.stop(), [PageIndex(1012)], "the first one goes on");
+        recorder.start().unwrap();
+        other.tell("read 13");
+        drop(recorder);
+        // From here on the kernel maps neighbours.
+        other.tell("read 14");
+        second.start().unwrap();
+        other.tell("read 50");
+        assert_eq!(second.stop(), [PageIndex(1050)]);
+    }
 }
 
 /// The kernel keeps the marks of what was clean, so that only its being away shows.
