@@ -118,6 +118,7 @@ impl Lead {
         {
             tracing::debug!(%error, "not known what the VM uses after the pause");
             self.scout = None;
+            self.recorder = None;
         }
     }
 

@@ -205,6 +205,12 @@ struct Job<'a> {
     go_on: &'a mut dyn FnMut(Progress) -> bool,
 }
 
+fn stop(tracker: &mut dyn DirtyTracker) {
+    if let Err(error) = tracker.stop() {
+        tracing::warn!(%error, "the VM is still being watched for what it writes, and runs slower for it");
+    }
+}
+
 /// Lets the machine run on, whatever happens.
 struct Standing<'a>(Option<&'a dyn SourceMachine>);
 
@@ -367,12 +373,17 @@ impl Job<'_> {
             pages: 0,
             time: Duration::ZERO,
         };
-        // It goes on, also for the scout: with it each page is mapped by itself where it is touched, and none of those around
-        // it.
+        // It goes on for the scout, where nothing records: with it each page is mapped by itself where it is touched, and none of
+        // those around it.
         let tracker = match changes {
             Changes::Tracked(mut tracker, runs) => {
                 self.copy_tracked(tracker.as_mut(), runs, &mut paused)?;
-                Some(tracker).filter(|_| !self.lead.records())
+                if self.lead.records() {
+                    stop(tracker.as_mut());
+                    None
+                } else {
+                    Some(tracker)
+                }
             }
             Changes::Compared(compared) => {
                 self.copy_compared(&compared, &mut paused)?;
@@ -401,10 +412,8 @@ impl Job<'_> {
             self.lead
                 .watch_on(tracker.as_deref_mut().map(|tracker| tracker as _));
         }
-        if let Some(mut tracker) = tracker
-            && let Err(error) = tracker.stop()
-        {
-            tracing::warn!(%error, "the VM is still being watched for what it writes, and runs slower for it");
+        if let Some(mut tracker) = tracker {
+            stop(tracker.as_mut());
         }
     }
 

@@ -139,10 +139,9 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// With another limit for answers.
-    #[cfg(test)]
-    pub(super) fn answer_within(&mut self, limit: Duration) {
-        self.answer_within = limit;
+    /// With another limit for answers; gives the one before.
+    pub(super) fn answer_within(&mut self, limit: Duration) -> Duration {
+        std::mem::replace(&mut self.answer_within, limit)
     }
 
     /// QEMU's version, to be shown.

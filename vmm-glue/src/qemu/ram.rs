@@ -92,11 +92,9 @@ impl SharedRam {
             let place = |page: PageIndex| region.offset + ((page.0 - start) << PAGE_SHIFT);
             let (from, to) = (place(part.first), place(part.end()));
             data_between(&region.file, from, to, &mut |from, to| {
-                let first = start + ((from - region.offset) >> PAGE_SHIFT);
-                data(PageRange::new(
-                    PageIndex(first),
-                    (to - from).div_ceil(PAGE_SIZE as u64),
-                ));
+                let first = (from - region.offset) >> PAGE_SHIFT;
+                let behind = (to - region.offset).div_ceil(PAGE_SIZE as u64);
+                data(PageRange::new(PageIndex(start + first), behind - first));
             })?;
         }
         Ok(())

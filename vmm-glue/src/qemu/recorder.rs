@@ -7,12 +7,16 @@
 //! nothing.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use lazyvm_server::port::{MachineError, TouchRecorder};
 use lazyvm_wire::PageIndex;
 
 use super::source::Inner;
 use crate::record::Recorder;
+
+/// How long QEMU may take to set it: the VM stands still meanwhile.
+const ANSWER_WITHIN: Duration = Duration::from_secs(1);
 
 /// See the module.
 pub(super) struct QemuRecorder {
@@ -46,9 +50,17 @@ impl QemuRecorder {
 impl TouchRecorder for QemuRecorder {
     fn start(&mut self) -> Result<(), MachineError> {
         self.recorder.start()?;
-        let answer = self.inner().qmp.human("log nochain");
+        let answer = {
+            let qmp = &mut self.inner().qmp;
+            let limit = qmp.answer_within(ANSWER_WITHIN);
+            let answer = qmp.human("log nochain");
+            qmp.answer_within(limit);
+            answer
+        };
+        // It may have been done, whatever came of the answer.
+        self.translates_anew = true;
         match answer {
-            Ok(said) if said.trim().is_empty() => self.translates_anew = true,
+            Ok(said) if said.trim().is_empty() => {}
             Ok(said) => tracing::debug!(said, "code that runs is not seen"),
             Err(error) => tracing::debug!(%error, "code that runs is not seen"),
         }
@@ -56,13 +68,15 @@ impl TouchRecorder for QemuRecorder {
     }
 
     fn stop(&mut self) -> Vec<PageIndex> {
+        // First nobody waits any more, QEMU's main loop, which is to answer, among them.
+        let touched = self.recorder.stop();
         self.chain_again();
-        self.recorder.stop()
+        touched
     }
 }
 
 impl Drop for QemuRecorder {
     fn drop(&mut self) {
-        self.chain_again();
+        self.stop();
     }
 }

@@ -12,8 +12,7 @@ mod sys;
 
 use std::io::{self, PipeWriter, pipe};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use lazyvm_server::port::{MachineError, TouchRecorder};
@@ -36,6 +35,8 @@ const EVENTS_MAX: usize = 64;
 enum RecordError {
     #[error(transparent)]
     Process(#[from] AttachError),
+    #[error("none of its memory is shared and of small pages")]
+    Nothing,
     #[error(
         "this kernel can't tell touches of shared memory (userfaultfd MINOR_SHMEM); Linux 5.14 or newer can"
     )]
@@ -72,8 +73,15 @@ pub struct Recorder {
 struct Shared {
     uffd: Uffd,
     pieces: Vec<Piece>,
-    /// How many of the pieces are registered: an older kernel lets anyone lift what another userfaultfd has registered.
-    registered: AtomicUsize,
+    registered: Mutex<Registered>,
+}
+
+/// What is registered. An older kernel lets anyone lift what another userfaultfd has registered, so it is known.
+#[derive(Default)]
+struct Registered {
+    pieces: Vec<Piece>,
+    /// Nobody answers any more.
+    ended: bool,
 }
 
 struct Recording {
@@ -88,13 +96,16 @@ impl Recorder {
     /// # Errors
     /// The process can't be attached to, or the kernel can't.
     pub fn new(process: &Process, pieces: Vec<Piece>) -> Result<Self, MachineError> {
+        if pieces.is_empty() {
+            return Err(RecordError::Nothing.into());
+        }
         let fd = process.take_userfaultfd().map_err(RecordError::Process)?;
         let uffd = sys::agree(fd).map_err(RecordError::Kernel)?;
         Ok(Self {
             shared: Arc::new(Shared {
                 uffd,
                 pieces,
-                registered: AtomicUsize::new(0),
+                registered: Mutex::default(),
             }),
             recording: None,
         })
@@ -106,7 +117,7 @@ impl Recorder {
         };
         drop(until);
         let touched = thread.join().unwrap_or_default();
-        // What was registered when the thread had ended already.
+        // Where the thread has panicked.
         self.shared.unregister();
         touched
     }
@@ -115,6 +126,7 @@ impl Recorder {
 impl TouchRecorder for Recorder {
     fn start(&mut self) -> Result<(), MachineError> {
         self.end();
+        self.shared.registered().ended = false;
         let (ends, until) = pipe().map_err(RecordError::Thread)?;
         let shared = Arc::clone(&self.shared);
         let thread = thread::Builder::new()
@@ -143,22 +155,33 @@ impl Drop for Recorder {
 
 impl Shared {
     fn register(&self) -> Result<(), RecordError> {
-        for piece in &self.pieces {
+        for &piece in &self.pieces {
+            let mut registered = self.registered();
+            if registered.ended {
+                break;
+            }
             self.uffd
                 .register_with_mode(piece.start(), piece.bytes as usize, RegisterMode::MINOR)
                 .map_err(|source| RecordError::Register {
                     start: piece.host,
                     source,
                 })?;
-            self.registered.fetch_add(1, Ordering::Relaxed);
+            registered.pieces.push(piece);
         }
         Ok(())
     }
 
+    fn registered(&self) -> MutexGuard<'_, Registered> {
+        self.registered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Lets everybody go on who waits.
     fn unregister(&self) {
-        let registered = self.registered.swap(0, Ordering::Relaxed);
-        for piece in &self.pieces[..registered] {
+        let mut registered = self.registered();
+        registered.ended = true;
+        for piece in registered.pieces.drain(..) {
             // Both fail where the process has ended. The kernel wakes nobody of itself who waits for a minor fault
             // (`userfaultfd_unregister` of `fs/userfaultfd.c`).
             let _ = self.uffd.unregister(piece.start(), piece.bytes as usize);
@@ -186,14 +209,17 @@ impl Shared {
                 break;
             };
             for event in events {
-                if let Ok(Event::Pagefault { kind, addr, .. }) = event
-                    && kind == FaultKind::Minor
-                    && let Some(page) = self.page_at(addr as u64)
-                {
-                    touched.push(page);
-                    if !self.go_on(addr) {
-                        return touched;
-                    }
+                let Ok(Event::Pagefault {
+                    kind: FaultKind::Minor,
+                    addr,
+                    ..
+                }) = event
+                else {
+                    return touched;
+                };
+                touched.extend(self.page_at(addr as u64));
+                if !self.go_on(addr) {
+                    return touched;
                 }
             }
         }
@@ -218,7 +244,7 @@ impl Shared {
             match errno(&error) {
                 // The memory map changes at this moment.
                 Some(Errno::EAGAIN) => thread::yield_now(),
-                // Another thread's touch has made it, or the page was given back: its next touch shows.
+                // Another thread's touch has made it, or the page was given back: then the kernel serves the next touch.
                 Some(Errno::EEXIST | Errno::EFAULT) => {
                     return self.uffd.wake(start, PAGE_SIZE).is_ok();
                 }
