@@ -92,9 +92,7 @@ impl SharedRam {
             let place = |page: PageIndex| region.offset + ((page.0 - start) << PAGE_SHIFT);
             let (from, to) = (place(part.first), place(part.end()));
             data_between(&region.file, from, to, &mut |from, to| {
-                let first = (from - region.offset) >> PAGE_SHIFT;
-                let behind = (to - region.offset).div_ceil(PAGE_SIZE as u64);
-                data(PageRange::new(PageIndex(start + first), behind - first));
+                data(pages_of(*start, region, from, to));
             })?;
         }
         Ok(())
@@ -133,11 +131,7 @@ impl SourceMemory for SharedRam {
     fn data_runs(&self, data: &mut dyn FnMut(PageRange)) -> io::Result<()> {
         let seen = self.seen();
         for (number, (start, region)) in self.regions.iter().enumerate() {
-            let mut tell = |from: u64, to: u64| {
-                let first = (from - region.offset) >> PAGE_SHIFT;
-                let behind = (to - region.offset).div_ceil(PAGE_SIZE as u64);
-                data(PageRange::new(PageIndex(start + first), behind - first));
-            };
+            let mut tell = |from: u64, to: u64| data(pages_of(*start, region, from, to));
             let mut at = region.offset;
             for &(from, to) in seen.get(number).into_iter().flatten() {
                 data_between(&region.file, at, from, &mut tell)?;
@@ -149,6 +143,13 @@ impl SourceMemory for SharedRam {
         }
         Ok(())
     }
+}
+
+/// The pages that a run of bytes of a region's file is in; `start` is the region's first.
+fn pages_of(start: u64, region: &RamRegion, from: u64, to: u64) -> PageRange {
+    let first = (from - region.offset) >> PAGE_SHIFT;
+    let behind = (to - region.offset).div_ceil(PAGE_SIZE as u64);
+    PageRange::new(PageIndex(start + first), behind - first)
 }
 
 /// Calls `found` with each run of bytes in a part of a file that is not a hole, ascending.

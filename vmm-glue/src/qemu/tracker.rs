@@ -10,6 +10,7 @@ use super::ram::SharedRam;
 use crate::attach::Process;
 use crate::dirty::WriteWatch;
 use crate::dirty::unseen::{self, Commands};
+use crate::record::Piece;
 
 /// Why a QEMU's writes can't be noted.
 #[derive(Debug, thiserror::Error)]
@@ -31,28 +32,6 @@ enum TrackError {
     NotMapped(String),
     #[error("writes are not being noted")]
     NotStarted,
-}
-
-/// A piece of RAM as QEMU has it mapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Piece {
-    host: u64,
-    bytes: u64,
-    first: PageIndex,
-}
-
-impl Piece {
-    /// What lies between two addresses of the piece.
-    fn pages(&self, start: u64, end: u64) -> PageRange {
-        let page = self.first.0 + ((start - self.host) >> PAGE_SHIFT);
-        PageRange::new(PageIndex(page), (end - start) >> PAGE_SHIFT)
-    }
-
-    /// Where pages of the piece begin and end.
-    fn hosts(&self, pages: PageRange) -> (u64, u64) {
-        let start = self.host + ((pages.first.0 - self.first.0) << PAGE_SHIFT);
-        (start, start + pages.bytes())
-    }
 }
 
 /// See the module.

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use lazyvm_server::port::{MachineError, TouchRecorder};
-use lazyvm_wire::{PAGE_SHIFT, PAGE_SIZE, PageIndex};
+use lazyvm_wire::{PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange};
 use nix::errno::Errno;
 use nix::libc::c_void;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -229,9 +229,7 @@ impl Shared {
     fn page_at(&self, address: u64) -> Option<PageIndex> {
         let within = |piece: &&Piece| (piece.host..piece.host + piece.bytes).contains(&address);
         let piece = self.pieces.iter().find(within)?;
-        Some(PageIndex(
-            piece.first.0 + ((address - piece.host) >> PAGE_SHIFT),
-        ))
+        Some(piece.pages(address, address).first)
     }
 
     /// Makes the entry of a page; `false` where the kernel can't, so that nobody must wait any more.
@@ -263,6 +261,18 @@ fn errno(error: &Error) -> Option<Errno> {
 }
 
 impl Piece {
+    /// What lies between two addresses of the piece.
+    pub(crate) fn pages(&self, start: u64, end: u64) -> PageRange {
+        let page = self.first.0 + ((start - self.host) >> PAGE_SHIFT);
+        PageRange::new(PageIndex(page), (end - start) >> PAGE_SHIFT)
+    }
+
+    /// Where pages of the piece begin and end.
+    pub(crate) fn hosts(&self, pages: PageRange) -> (u64, u64) {
+        let start = self.host + ((pages.first.0 - self.first.0) << PAGE_SHIFT);
+        (start, start + pages.bytes())
+    }
+
     fn start(&self) -> *mut c_void {
         self.host as *mut c_void
     }
