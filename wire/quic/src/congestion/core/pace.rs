@@ -13,6 +13,10 @@ use super::{Core, Phase};
 const PACE: f64 = 1.25;
 const BURST: Duration = Duration::from_millis(2);
 
+/// The same in the start. It is what Linux's TCP has there (`tcp_pacing_ss_ratio` of `Documentation/networking/ip-sysctl.rst`): each round's
+/// packets leave in half of it, and what acknowledges them lets twice as many leave in half of the next.
+const PACE_START: f64 = 2.5;
+
 /// The longest that the sender may have been late and makes up for.
 const BEHIND_MAX: Duration = Duration::from_millis(6);
 
@@ -35,18 +39,28 @@ impl Core {
     /// The window that the sender is to be told, for its pace as well as for what may be in flight.
     pub fn told_window(&self) -> u64 {
         let window = self.window();
-        let is_behind = self.pace.behind > self.bytes_in(BURST);
-        if matches!(self.phase, Phase::Start) && self.has_room() && is_behind {
-            return (window as f64 * TOLD) as u64;
+        if !matches!(self.phase, Phase::Start) || !self.has_room() {
+            return window;
         }
-        window
+        let is_behind = self.pace.behind > self.bytes_in(BURST);
+        let makes_up = if is_behind { TOLD } else { 1.0 };
+        (window as f64 * makes_up * self.pace_now() / PACE) as u64
+    }
+
+    /// Windows in a round trip that are to leave.
+    fn pace_now(&self) -> f64 {
+        match self.phase {
+            Phase::Start => PACE_START,
+            _ => PACE,
+        }
     }
 
     /// `bytes` have left.
     pub fn on_sent(&mut self, now: Duration, bytes: u64) {
         let elapsed = now.saturating_sub(self.pace.at).min(BEHIND_MAX);
-        let behind = self.pace.behind + PACE * self.bytes_in(elapsed);
-        let most = PACE * self.bytes_in(BEHIND_MAX);
+        let pace = self.pace_now();
+        let behind = self.pace.behind + pace * self.bytes_in(elapsed);
+        let most = pace * self.bytes_in(BEHIND_MAX);
         self.pace.behind = (behind.min(most) - bytes as f64).max(0.0);
         self.pace.at = now;
         self.pace.in_flight += bytes as f64;
