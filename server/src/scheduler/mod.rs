@@ -76,6 +76,8 @@ pub struct PushScheduler {
     lead: VecDeque<PageRange>,
     /// That is what is needed, in the order in which it is needed.
     is_exact: bool,
+    /// Pages of the lead that are behind us, whatever way they went.
+    lead_passed: u64,
     /// Pages of the lead and of windows that were given out.
     lead_pages: u64,
     window_pages: u64,
@@ -99,6 +101,7 @@ impl PushScheduler {
             order: Arc::default(),
             lead: VecDeque::new(),
             is_exact: false,
+            lead_passed: 0,
             lead_pages: 0,
             window_pages: 0,
             cursor: 0,
@@ -135,13 +138,17 @@ impl PushScheduler {
         self.neighbours = neighbours;
     }
 
-    /// The fault lane has answered `range`: it need not be pushed, and what lies around it goes first.
+    /// The fault lane has answered `range`: it need not be pushed, and what lies around it goes first. A page that a trusted
+    /// lead had named in time, and that is only late, says nothing about those around it.
     pub fn fault(&mut self, range: PageRange) {
         let range = range.intersect(self.image());
         if range.count == 0 {
             return;
         }
-        self.take(range);
+        let unsent = self.take(range);
+        if self.is_exact && unsent == 0 {
+            return;
+        }
         self.windows.fault();
         if self.neighbours.physical {
             let at = range.first.0..range.end().0;
@@ -183,15 +190,21 @@ impl PushScheduler {
     }
 
     fn next_of_lead(&mut self, pages_max: u64) -> Option<Batch> {
-        while let Some(&ahead) = self.lead.front() {
-            match self.first_unsent(ahead) {
-                Some(first) => {
-                    let batch = self.batch(first, ahead.end(), pages_max, Urgency::Lead);
-                    self.lead_pages += batch.range.count;
-                    return Some(batch);
-                }
-                None => self.lead.pop_front(),
+        while let Some(ahead) = self.lead.pop_front() {
+            let Some(first) = self.first_unsent(ahead) else {
+                self.lead_passed += ahead.count;
+                continue;
             };
+            let batch = self.batch(first, ahead.end(), pages_max, Urgency::Lead);
+            self.lead_pages += batch.range.count;
+            // A huge page is given out whole, and the lead may name a part of it.
+            let end = batch.range.end().min(ahead.end());
+            self.lead_passed += end.0 - ahead.first.0;
+            if end < ahead.end() {
+                self.lead
+                    .push_front(PageRange::new(end, ahead.end().0 - end.0));
+            }
+            return Some(batch);
         }
         None
     }
@@ -210,9 +223,9 @@ impl PushScheduler {
         Some(batch)
     }
 
-    /// Pages that were given out because they lead; `None` when no more of them are to come.
+    /// How many pages of the lead have gone, whatever way they went; `None` when no more of them are to come.
     pub fn lead_gone(&self) -> Option<u64> {
-        (!self.lead.is_empty()).then_some(self.lead_pages)
+        (!self.lead.is_empty()).then_some(self.lead_passed)
     }
 
     /// Pages that have not been given out.
@@ -284,11 +297,14 @@ impl PushScheduler {
         }
     }
 
-    fn take(&mut self, range: PageRange) {
+    /// Notes that these are given out; tells how many were not.
+    fn take(&mut self, range: PageRange) -> u64 {
         let range = range.intersect(self.image());
         let bits = &mut self.unsent[range.first.as_usize()..range.end().as_usize()];
-        self.remaining -= bits.count_ones() as u64;
+        let taken = bits.count_ones() as u64;
+        self.remaining -= taken;
         bits.fill(false);
+        taken
     }
 }
 

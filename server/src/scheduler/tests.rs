@@ -42,6 +42,27 @@ fn what_lies_around_a_fault_goes_first_and_the_newest_fault_leads() {
 }
 
 #[test]
+fn what_of_the_lead_has_gone_counts_whatever_way_it_went() {
+    let run = |first, count| PageRange::new(PageIndex(first), count);
+    let mut scheduler = scheduler(&map(40, &[(0, 10), (20, 10)]));
+    scheduler.choose(Neighbours {
+        physical: false,
+        virtual_: false,
+    });
+    scheduler.lead_with([run(20, 4), run(5, 10), run(25, 3)]);
+    assert_eq!(scheduler.lead_gone(), Some(0));
+    scheduler.next(2).unwrap();
+    assert_eq!(scheduler.lead_gone(), Some(2));
+    // The next two are gone another way, and of the second run a half holds nothing.
+    scheduler.fault(run(22, 2));
+    assert_eq!(scheduler.next(3).unwrap().range, run(5, 3));
+    assert_eq!(scheduler.lead_gone(), Some(7));
+    scheduler.next(3).unwrap();
+    assert_eq!(scheduler.next(3).unwrap().range, run(25, 3));
+    assert_eq!(scheduler.lead_gone(), None);
+}
+
+#[test]
 fn a_recorded_lead_is_not_held_up_by_windows_but_they_have_their_share() {
     let mut scheduler = scheduler(&map(10_000, &[(0, 10_000)]));
     let lead = (0..400).map(|page| PageRange::one(PageIndex(9_999 - 2 * page)));
@@ -63,6 +84,21 @@ fn a_recorded_lead_is_not_held_up_by_windows_but_they_have_their_share() {
     assert_eq!(lead, 400);
     assert!(windows >= lead / 5 && windows <= lead / 3, "{windows}");
     assert_eq!(pages(Urgency::Rest), 0);
+}
+
+#[test]
+fn a_page_of_a_recorded_lead_that_is_only_late_moves_nothing() {
+    let mut scheduler = scheduler(&map(1000, &[(0, 1000)]));
+    let run = |first, count| PageRange::new(PageIndex(first), count);
+    scheduler.lead_with([run(500, 8), run(700, 8)]);
+    scheduler.trust_lead();
+    assert_eq!(scheduler.next(8).unwrap().range, run(500, 8));
+    scheduler.fault(run(503, 1));
+    assert_eq!(scheduler.next(8).unwrap().range, run(700, 8));
+    assert_eq!(scheduler.next(8).unwrap().urgency, Urgency::Rest);
+    // One that had not gone is another matter.
+    scheduler.fault(run(300, 1));
+    assert_eq!(scheduler.next(8).unwrap().urgency, Urgency::Window);
 }
 
 #[test]
