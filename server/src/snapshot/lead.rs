@@ -15,8 +15,9 @@ use super::format::PROFILE_PAGES_MAX;
 use super::take::SMALL_PAGES;
 use crate::port::{DirtyTracker, Hints, Scout, SourceMachine, TouchRecorder};
 
-/// For how long each page that the machine touches is recorded: some of its ticks, although it is held up at each page.
-const RECORDED: Duration = Duration::from_millis(100);
+/// For how long each page that the machine touches is recorded, although it is held up at each page: what its timers wake is among
+/// it then (the slowest of Linux that all clones met, the watchdog of its clocks, comes twice a second).
+const RECORDED: Duration = Duration::from_millis(600);
 
 /// When it is looked at behind them: after this long each time.
 const WATCHED_ON: [Duration; 7] = [
@@ -30,7 +31,10 @@ const WATCHED_ON: [Duration; 7] = [
 ];
 
 /// Pages that were seen to be used, to each that may be.
-const SEEN_TURN: usize = 2;
+const SEEN_TURN: usize = 16;
+
+/// Pages of code that go ahead of the machine's work, whether they were seen to be used or not.
+const CODE_AHEAD: usize = 384;
 
 /// Where a machine that no scout looks at has its tables and its first code, most likely: 2.25 MiB, of which pages of zeros
 /// cost nothing.
@@ -46,6 +50,8 @@ pub(super) struct Lead {
     hints: Hints,
     /// What was written up to the pause, the oldest first.
     written: Vec<PageRange>,
+    /// What was used of the system while the snapshot's first pass was taken.
+    before: Vec<PageIndex>,
     /// What was used in the first moments after it, and behind those; the oldest first.
     at_once: Vec<PageRange>,
     later: Vec<PageRange>,
@@ -71,6 +77,7 @@ impl Lead {
                 ..Hints::default()
             },
             written: Vec::new(),
+            before: Vec::new(),
             at_once: Vec::new(),
             later: Vec::new(),
         }
@@ -103,6 +110,13 @@ impl Lead {
 
     /// The paused machine runs on next: what it touches from then on is to be seen.
     pub fn runs_on_next(&mut self) {
+        let Hints {
+            processor,
+            code,
+            hot,
+            ..
+        } = &self.hints;
+        self.before = of_the_system(pages_of(hot), processor, code);
         self.forget();
         if let Some(recorder) = &mut self.recorder
             && let Err(error) = recorder.start()
@@ -177,22 +191,47 @@ impl Lead {
         };
         let at_once = pages(self.at_once);
         let written = pages(self.written.into_iter().rev().collect());
-        let used = in_turns(at_once, pages(processor), pages(code));
-        let parts = [pages(tables), used, pages(self.later)];
+        let system = of_the_system(at_once.iter().copied(), &processor, &code);
+        let (processor, code) = (pages(processor), pages(code));
+        let code_ahead = code.iter().copied().take(CODE_AHEAD).collect();
+        let parts = [
+            pages(tables),
+            system,
+            self.before,
+            code_ahead,
+            in_turns(at_once, processor, code),
+            pages(self.later),
+        ];
         let mut seen = HashSet::new();
         parts
             .into_iter()
             .chain([written])
             .flatten()
-            .filter(|&page| seen.insert(page))
+            .filter(|&page| layout.range().contains(page) && seen.insert(page))
             .take(PROFILE_PAGES_MAX)
             .collect()
     }
 }
 
+/// Of what was seen to be used, what is the operating system's and code, in the same order. A clone that waits for its pages
+/// falls behind in its work, but not in time: timers come due as early as they did in the VM, when it has done a tenth of the work that
+/// the VM had done by then. So what they need goes ahead of all work. It is little.
+fn of_the_system(
+    seen: impl IntoIterator<Item = PageIndex>,
+    processor: &[PageRange],
+    code: &[PageRange],
+) -> Vec<PageIndex> {
+    let known: HashSet<_> = pages_of(processor).chain(pages_of(code)).collect();
+    let seen = seen.into_iter().filter(|page| known.contains(page));
+    seen.collect()
+}
+
+fn pages_of(ranges: &[PageRange]) -> impl Iterator<Item = PageIndex> {
+    ranges.iter().flat_map(|range| range.pages())
+}
+
 /// What was seen to be used at once, what the processors point to, and the code that was ever used, in turns. What was seen is what
-/// a clone needs, but no clone runs as its VM did: each page that it waits for lets timers come due, and who handles those is
-/// among the others.
+/// a clone needs, but no clone runs as its VM did, and what else it needs is among the others.
 fn in_turns(
     seen: Vec<PageIndex>,
     processor: Vec<PageIndex>,
@@ -228,15 +267,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_used_right_after_the_pause_comes_first_and_each_page_once() {
+    fn what_is_used_right_after_the_pause_comes_before_all_else_and_each_page_once() {
         let lead = Lead {
             scout: None,
             recorder: None,
             hints: Hints {
                 tables: vec![range(9, 1)],
-                code: vec![range(0, 4), range(90, 100)],
+                processor: vec![range(0, 4), range(90, 100)],
                 ..Hints::default()
             },
+            before: Vec::new(),
             written: vec![range(2, 1), range(5, 2), range(9, 1)],
             at_once: vec![range(8, 1), range(7, 1)],
             later: vec![range(8, 1), range(1, 1), range(6, 1)],
@@ -246,11 +286,32 @@ mod tests {
     }
 
     #[test]
+    fn what_was_seen_of_the_system_and_code_go_ahead_of_all_work() {
+        let lead = Lead {
+            scout: None,
+            recorder: None,
+            hints: Hints {
+                tables: vec![range(9, 1)],
+                processor: vec![range(30, 2)],
+                code: vec![range(3, 2)],
+                ..Hints::default()
+            },
+            before: [4, 40, 92].map(PageIndex).to_vec(),
+            written: Vec::new(),
+            at_once: [50, 31, 51, 4, 9].map(|page| range(page, 1)).to_vec(),
+            later: Vec::new(),
+        };
+        let pages = lead.pages(&Layout::flat(92).unwrap());
+        assert_eq!(numbers(pages), [9, 31, 4, 40, 3, 50, 51, 30]);
+    }
+
+    #[test]
     fn what_was_seen_and_what_may_be_needed_take_turns() {
         let pages = |range: PageRange| range.pages().collect::<Vec<_>>();
-        let (seen, processor, code) = (range(10, 5), range(100, 2), range(0, 4));
+        let (seen, processor, code) = (range(10, 20), range(100, 2), range(0, 4));
         let all = in_turns(pages(seen), pages(processor), pages(code));
-        assert_eq!(numbers(all), [10, 11, 100, 0, 12, 13, 101, 1, 14, 2, 3]);
+        let expected = (10..26).chain([100, 0, 26, 27, 28, 29, 101, 1, 2, 3]);
+        assert_eq!(numbers(all), expected.collect::<Vec<_>>());
         assert_eq!(in_turns(Vec::new(), Vec::new(), pages(code)), pages(code));
     }
 }

@@ -23,12 +23,27 @@ pub(super) struct Demand {
     pub gone: Option<u64>,
 }
 
-/// What a resume has recorded that its machine touched, and ahead of the rest of that what the machine waited for: its place
-/// in the profile was too far behind, or it had none.
-pub(super) fn waited_for_first(mut touched: Vec<PageIndex>, demands: &[Demand]) -> Vec<PageIndex> {
-    let waited_for: HashSet<_> = demands.iter().map(|demand| demand.page).collect();
+/// What a resume has recorded that its machine touched, and ahead of the rest of that what came as a surprise: the machine
+/// waited for it when it had not gone yet, for its place in the profile was too far behind, or it had none. The next one may need
+/// it at any time. What had gone and was only late stays where it is.
+pub(super) fn surprises_first(
+    mut touched: Vec<PageIndex>,
+    demands: &[Demand],
+    profile: &[PageIndex],
+) -> Vec<PageIndex> {
+    let places: HashMap<_, _> = (0_u64..)
+        .zip(profile)
+        .map(|(at, page)| (page, at))
+        .collect();
+    let is_surprise = |demand: &&Demand| match (places.get(&demand.page), demand.gone) {
+        (Some(place), Some(gone)) => *place >= gone,
+        (Some(_), None) => false,
+        (None, _) => true,
+    };
+    let surprises = demands.iter().filter(is_surprise);
+    let surprises: HashSet<_> = surprises.map(|demand| demand.page).collect();
     // Stable: both stay in the order in which they were touched.
-    touched.sort_by_key(|page| !waited_for.contains(page));
+    touched.sort_by_key(|page| !surprises.contains(page));
     touched
 }
 
@@ -133,10 +148,18 @@ mod tests {
     }
 
     #[test]
-    fn what_was_waited_for_goes_ahead_of_what_came_in_time() {
-        let demands = [demand(5, None), demand(8, Some(3)), demand(2, Some(1))];
+    fn a_surprise_goes_ahead_and_what_was_only_late_stays() {
+        let profile = pages([1, 4, 3, 2]);
+        let demands = [
+            demand(5, None),    // never touched, as far as is known
+            demand(8, Some(3)), // no place
+            demand(2, Some(3)), // its place was next
+            demand(3, Some(3)), // under way
+            demand(4, None),    // so is all
+        ];
         let touched = pages([1, 2, 3, 8, 4]);
-        assert_eq!(waited_for_first(touched, &demands), pages([2, 8, 1, 3, 4]));
+        let expected = pages([2, 8, 1, 3, 4]);
+        assert_eq!(surprises_first(touched, &demands, &profile), expected);
     }
 
     #[test]

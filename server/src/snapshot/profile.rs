@@ -12,7 +12,7 @@ use lazyvm_wire::{PageIndex, PageRange};
 
 use super::file_name;
 use super::format::{self, Manifest, PROFILE_PAGES_MAX, SnapshotId};
-use super::merge::{Demand, led, merged, waited_for_first};
+use super::merge::{Demand, led, merged, surprises_first};
 use crate::port::Profile;
 use crate::session::lock;
 
@@ -149,7 +149,7 @@ impl Profile for SessionProfile {
             return;
         }
         self.records.store(false, Ordering::Relaxed);
-        let pages = waited_for_first(pages, &lock(&self.demands));
+        let pages = surprises_first(pages, &lock(&self.demands), &self.shared.pages());
         self.learn(&pages, &[]);
         lock(&self.touched).extend(pages);
     }

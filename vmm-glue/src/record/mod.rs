@@ -25,7 +25,7 @@ use userfaultfd::{Error, Event, EventBuffer, FaultKind, RegisterMode, Uffd};
 use crate::attach::{AttachError, Process};
 
 /// Most pages that are recorded. Behind them nobody waits any more.
-const PAGES_MAX: usize = 8 * 1024;
+const PAGES_MAX: usize = 16 * 1024;
 
 /// Faults that are read at once.
 const EVENTS_MAX: usize = 64;

@@ -28,7 +28,7 @@ const CODE_PAGE_MAX: u64 = 2 << 20;
 
 /// Most pages that count as the kernel's own because no program has them mapped: 4 MiB. Where there are more of them, they
 /// are a program's whose page tables were not found.
-const KERNEL_PAGES_MAX: usize = 1024;
+const KERNEL_PAGES_MAX: usize = 4096;
 
 /// What else is known of the machine.
 #[derive(Clone, Copy, Default)]
