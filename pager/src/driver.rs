@@ -3,6 +3,7 @@
 mod lanes;
 mod memory;
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use lazyvm_wire::control::{
     Rejection, Switchover, ToDestination, ToSource, short_text, switchover_max,
 };
 use lazyvm_wire::held::HeldError;
-use lazyvm_wire::{Layout, PageMap, PageMapError};
+use lazyvm_wire::{Layout, PageMap, PageMapError, STATE_MAX};
 use quinn::Connection;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
@@ -66,6 +67,8 @@ enum Lost {
     Bulk(#[source] ConnectError),
     #[error("a lane ends: {0}")]
     Lane(String),
+    #[error("the machine's state can't be unpacked")]
+    State(#[source] io::Error),
     #[error("the page map can't be read")]
     Map(#[from] PageMapError),
     #[error(transparent)]
@@ -288,14 +291,12 @@ impl Driver {
     ) -> Result<Option<Event>, Lost> {
         match message {
             ToDestination::Switchover(switchover) => {
-                match self.handover.phase() {
-                    Phase::Asking => self.switch(Arc::from(switchover), link, lanes)?,
-                    Phase::Preparing => {
-                        self.handover.handle(Event::Switchover);
-                        self.ahead = Some(Arc::from(switchover));
-                    }
-                    _ => {}
-                }
+                self.on_switchover(switchover, link, lanes)?;
+                Ok(None)
+            }
+            ToDestination::SwitchoverPacked(mut switchover) => {
+                switchover.state = unpack_state(&switchover.state)?;
+                self.on_switchover(switchover, link, lanes)?;
                 Ok(None)
             }
             ToDestination::Running { downtime_us } => {
@@ -319,6 +320,23 @@ impl Driver {
             }
             ToDestination::Welcome(_) | ToDestination::Joined => Ok(None),
         }
+    }
+
+    fn on_switchover(
+        &mut self,
+        switchover: Box<Switchover>,
+        link: &Link,
+        lanes: &mut JoinSet<String>,
+    ) -> Result<(), Lost> {
+        match self.handover.phase() {
+            Phase::Asking => self.switch(Arc::from(switchover), link, lanes)?,
+            Phase::Preparing => {
+                self.handover.handle(Event::Switchover);
+                self.ahead = Some(Arc::from(switchover));
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     /// The machine is this side's.
@@ -410,5 +428,29 @@ impl Driver {
         };
         self.stage.set(Stage::Failed(Arc::new(error)));
         true
+    }
+}
+
+/// The state of a switchover that came packed.
+fn unpack_state(packed: &[u8]) -> Result<Vec<u8>, Lost> {
+    let mut state = zstd::bulk::decompress(packed, STATE_MAX).map_err(Lost::State)?;
+    // It was made for the largest there may be.
+    state.shrink_to_fit();
+    Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packed_state_is_unpacked_whole_or_not_at_all() {
+        let state: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
+        let packed = zstd::bulk::compress(&state, 1).unwrap();
+        assert_eq!(unpack_state(&packed).unwrap(), state);
+        assert!(unpack_state(&packed[..packed.len() - 1]).is_err());
+        assert!(unpack_state(b"no frame").is_err());
+        let too_large = zstd::bulk::compress(&vec![0; STATE_MAX + 1], 1).unwrap();
+        assert!(unpack_state(&too_large).is_err());
     }
 }

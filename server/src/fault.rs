@@ -7,13 +7,14 @@ use std::time::Duration;
 use lazyvm_quic::{
     ControlReceiver, ControlSender, ControlStreamError, FAULT_STREAMS_MAX, close_code,
 };
-use lazyvm_wire::control::{Lane, Rejection, ToDestination, ToSource, to_source_max};
+use lazyvm_wire::control::{Lane, Rejection, Switchover, ToDestination, ToSource, to_source_max};
 use lazyvm_wire::frame::{FaultRequest, FrameError, REQUEST_LEN};
-use lazyvm_wire::ledger::{SWITCHOVER_AHEAD, TOUCHES_RECORDED, Version};
+use lazyvm_wire::ledger::{SWITCHOVER_AHEAD, SWITCHOVER_PACKED, TOUCHES_RECORDED, Version};
 use quinn::{Connection, ReadExactError, RecvStream, SendStream, VarInt, WriteError};
 use tokio::task::JoinSet;
 
 use crate::handover::{Action, Event, Phase};
+use crate::packing;
 use crate::session::Session;
 use crate::warm_up::warm_up;
 
@@ -247,10 +248,19 @@ impl Conversation<'_> {
         let Some(paused) = self.session.paused() else {
             return Ok(());
         };
-        let switchover = Box::new((*paused.switchover).clone());
-        self.sender
-            .send(&ToDestination::Switchover(switchover))
-            .await?;
+        let switchover = &paused.switchover;
+        let takes_packed = self.version >= Some(SWITCHOVER_PACKED);
+        let packed = takes_packed.then(|| packing::pack_state(&switchover.state));
+        let message = match packed.flatten() {
+            Some(state) => ToDestination::SwitchoverPacked(Box::new(Switchover {
+                state,
+                page_map: switchover.page_map.clone(),
+                held: switchover.held.clone(),
+                wait: switchover.wait,
+            })),
+            None => ToDestination::Switchover(Box::new((**switchover).clone())),
+        };
+        self.sender.send(&message).await?;
         self.is_sent = true;
         // While the switchover is on its way; the word that the machine runs must not wait for it.
         let session = self.session.clone();

@@ -211,6 +211,8 @@ pub enum ToDestination {
     Released,
     /// Before the switchover: the source would like to hear which pages the machine touches first.
     RecordTouches,
+    /// A [`ToDestination::Switchover`] whose state is one Zstandard frame (RFC 8878), of [`STATE_MAX`] bytes at most when unpacked.
+    SwitchoverPacked(Box<Switchover>),
 }
 
 /// A breach of the control stream's form. Nothing after it can be trusted.

@@ -49,6 +49,11 @@ pub const LEDGER: &[Entry] = &[
         changes: "which pages a machine touches first is recorded for those after it (record touches, touched). Earlier \
                   messages are as they were, and versions 3 and 4 are spoken still",
     },
+    Entry {
+        version: SWITCHOVER_PACKED,
+        changes: "the state of a machine goes compressed (switchover packed). Earlier messages are as they were, and \
+                  versions 3 to 5 are spoken still",
+    },
 ];
 
 /// From this version on a destination takes a switchover before it has said that it is ready.
@@ -56,6 +61,9 @@ pub const SWITCHOVER_AHEAD: Version = Version(4);
 
 /// From this version on a destination may be asked which pages the machine touches.
 pub const TOUCHES_RECORDED: Version = Version(5);
+
+/// From this version on a destination takes a switchover whose state is compressed.
+pub const SWITCHOVER_PACKED: Version = Version(6);
 
 /// Versions that a side speaks, from `min` to `max`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,7 +77,7 @@ pub struct VersionRange {
 /// What this build speaks.
 pub const SUPPORTED: VersionRange = VersionRange {
     min: Version(3),
-    max: Version(5),
+    max: SWITCHOVER_PACKED,
 };
 
 impl VersionRange {

@@ -67,7 +67,9 @@ fn a_switchover_has_a_state_of_the_largest_length_and_no_longer() {
     let lengths = |state: usize| {
         let written = (SWITCHOVER, ByteRun(state), ByteRun(1), ByteRun(1), false);
         decode_as(&written).map(|message| match message {
-            ToDestination::Switchover(switchover) => switchover.state.len(),
+            ToDestination::Switchover(switchover) | ToDestination::SwitchoverPacked(switchover) => {
+                switchover.state.len()
+            }
             other => panic!("{other:?}"),
         })
     };

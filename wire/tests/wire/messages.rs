@@ -61,10 +61,12 @@ fn every_message_to_the_destination_comes_back() {
             | ToDestination::Running { .. }
             | ToDestination::Released
             | ToDestination::RecordTouches => assert_carried(message, CONTROL_MAX),
-            ToDestination::Switchover(_) => assert_carried(message, switchover_max(1200)),
+            ToDestination::Switchover(_) | ToDestination::SwitchoverPacked(_) => {
+                assert_carried(message, switchover_max(1200));
+            }
         }
     }
-    assert_eq!(kinds(&messages).len(), 7);
+    assert_eq!(kinds(&messages).len(), 8);
 }
 
 #[test]
@@ -187,12 +189,18 @@ fn any_to_destination() -> impl Strategy<Value = ToDestination> {
     prop_oneof![
         welcome,
         (bytes(), bytes(), bytes(), any::<bool>()).prop_map(|(state, page_map, held, wait)| {
-            ToDestination::Switchover(Box::new(Switchover {
+            let packed = held.len() % 2 == 1;
+            let switchover = Box::new(Switchover {
                 state,
                 page_map,
                 held,
                 wait,
-            }))
+            });
+            if packed {
+                ToDestination::SwitchoverPacked(switchover)
+            } else {
+                ToDestination::Switchover(switchover)
+            }
         }),
         text().prop_map(|text| ToDestination::Rejected(Rejection::Machine(text))),
         text().prop_map(|text| ToDestination::Rejected(Rejection::Protocol(text))),

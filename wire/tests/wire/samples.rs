@@ -129,6 +129,12 @@ pub fn to_destination() -> Vec<ToDestination> {
         },
         ToDestination::Released,
         ToDestination::RecordTouches,
+        ToDestination::SwitchoverPacked(Box::new(Switchover {
+            state: vec![9, 8, 7],
+            page_map: page_map().encode(),
+            held: Vec::new(),
+            wait: false,
+        })),
     ];
     messages.extend(rejections().into_iter().map(ToDestination::Rejected));
     messages
