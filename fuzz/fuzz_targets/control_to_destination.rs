@@ -30,8 +30,7 @@ fuzz_target!(|data: &[u8]| {
                     check_text(text);
                 }
             }
-            ToDestination::Switchover(switchover)
-            | ToDestination::SwitchoverPacked(switchover) => {
+            ToDestination::Switchover(switchover) | ToDestination::SwitchoverPacked(switchover) => {
                 assert!(switchover.state.len() <= STATE_MAX);
                 if let Ok(map) = PageMap::decode(&switchover.page_map, pages) {
                     assert!(map.data_pages() <= pages);

@@ -249,9 +249,16 @@ impl Conversation<'_> {
             return Ok(());
         };
         let switchover = &paused.switchover;
-        let takes_packed = self.version >= Some(SWITCHOVER_PACKED);
-        let packed = takes_packed.then(|| packing::pack_state(&switchover.state));
-        let message = match packed.flatten() {
+        let packed = if self.version >= Some(SWITCHOVER_PACKED) {
+            // Other machines' faults wait for this thread.
+            let switchover = Arc::clone(switchover);
+            let packed =
+                tokio::task::spawn_blocking(move || packing::pack_state(&switchover.state));
+            packed.await.ok().flatten()
+        } else {
+            None
+        };
+        let message = match packed {
             Some(state) => ToDestination::SwitchoverPacked(Box::new(Switchover {
                 state,
                 page_map: switchover.page_map.clone(),

@@ -24,9 +24,10 @@ const REST_MAX: u32 = 64;
 /// a tenth of a core on a path of 1 Gbit/s at most.
 const SHORT: usize = 4 * PAGE_SIZE;
 
-/// The state of a machine compressed: it stands still until that has arrived. `None` where it can't be.
+/// The state of a machine compressed: it stands still until that has arrived. `None` where that brings nothing.
 pub(crate) fn pack_state(state: &[u8]) -> Option<Vec<u8>> {
-    zstd::bulk::compress(state, ZSTD_LEVEL).ok()
+    let packed = zstd::bulk::compress(state, ZSTD_LEVEL).ok()?;
+    (packed.len() < state.len()).then_some(packed)
 }
 
 /// Decides for each run, and compresses it.

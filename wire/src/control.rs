@@ -25,13 +25,13 @@ pub use crate::text::TEXT_MAX;
 /// Largest message from a peer that has not shown a ticket yet, in bytes.
 pub const HELLO_MAX: usize = 512;
 
-/// Largest message of any other kind but [`ToDestination::Switchover`], in bytes.
+/// Largest message of any other kind but a switchover, in bytes.
 pub const CONTROL_MAX: usize = COMPATIBILITY_MAX + 64 * 1024;
 
-/// Largest [`ToDestination::Switchover`] of any image, in bytes.
+/// Largest switchover of any image, packed or not, in bytes.
 pub const SWITCHOVER_MAX: usize = STATE_MAX + PAGE_MAP_BYTES_MAX + HELD_BYTES_MAX + 4096;
 
-/// Largest [`ToDestination::Switchover`] of an image of `pages` pages, in bytes.
+/// The same of an image of `pages` pages, in bytes.
 pub fn switchover_max(pages: u64) -> usize {
     STATE_MAX + page_map_bytes_max(pages) + HELD_BYTES_MAX + 4096
 }
@@ -132,7 +132,7 @@ pub struct Welcome {
 /// State and page map: after this the machine is the destination's.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Switchover {
-    /// The machine's state, in its monitor's own format; [`STATE_MAX`] bytes at most.
+    /// The machine's state, in its monitor's own format where it is not packed; [`STATE_MAX`] bytes at most.
     #[serde(
         serialize_with = "bounded::serialize_bytes",
         deserialize_with = "bounded::bytes::<_, STATE_MAX>"

@@ -139,14 +139,15 @@ impl PushScheduler {
     }
 
     /// The fault lane has answered `range`: it need not be pushed, and what lies around it goes first. A page that a trusted
-    /// lead had named in time, and that is only late, says nothing about those around it.
+    /// lead had named in time, and that is only late, says nothing about those around it; while there is such a lead, a page that has
+    /// gone is taken for one.
     pub fn fault(&mut self, range: PageRange) {
         let range = range.intersect(self.image());
         if range.count == 0 {
             return;
         }
         let unsent = self.take(range);
-        if self.is_exact && unsent == 0 {
+        if self.is_exact && !self.lead.is_empty() && unsent == 0 {
             return;
         }
         self.windows.fault();

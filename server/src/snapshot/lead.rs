@@ -15,8 +15,8 @@ use super::format::PROFILE_PAGES_MAX;
 use super::take::SMALL_PAGES;
 use crate::port::{DirtyTracker, Hints, Scout, SourceMachine, TouchRecorder};
 
-/// For how long each page that the machine touches is recorded, although it is held up at each page: what its timers wake is among
-/// it then (the slowest of Linux that all clones met, the watchdog of its clocks, comes twice a second).
+/// For how long each page that the machine touches is recorded, although it is held up at each page: long enough for what its
+/// timers wake. The slowest that was seen in every clone, Linux's watchdog of its clocks, comes twice a second.
 const RECORDED: Duration = Duration::from_millis(600);
 
 /// When it is looked at behind them: after this long each time.
@@ -43,6 +43,14 @@ const LOW_MEMORY: PageRange = PageRange {
     count: 576,
 };
 
+/// A part of [`Hints`].
+#[derive(Default)]
+struct Before {
+    processor: Vec<PageRange>,
+    code: Vec<PageRange>,
+    hot: Vec<PageRange>,
+}
+
 /// See the module.
 pub(super) struct Lead {
     scout: Option<Box<dyn Scout>>,
@@ -50,9 +58,9 @@ pub(super) struct Lead {
     hints: Hints,
     /// What was written up to the pause, the oldest first.
     written: Vec<PageRange>,
-    /// What was used of the system while the snapshot's first pass was taken.
-    before: Vec<PageIndex>,
-    /// What was used in the first moments after it, and behind those; the oldest first.
+    /// What the look behind the first pass showed: what was hot, and of that what is the system's.
+    before: Before,
+    /// What was used in the first moments after the pause, and behind those; the oldest first.
     at_once: Vec<PageRange>,
     later: Vec<PageRange>,
 }
@@ -77,7 +85,7 @@ impl Lead {
                 ..Hints::default()
             },
             written: Vec::new(),
-            before: Vec::new(),
+            before: Before::default(),
             at_once: Vec::new(),
             later: Vec::new(),
         }
@@ -110,13 +118,12 @@ impl Lead {
 
     /// The paused machine runs on next: what it touches from then on is to be seen.
     pub fn runs_on_next(&mut self) {
-        let Hints {
-            processor,
-            code,
-            hot,
-            ..
-        } = &self.hints;
-        self.before = of_the_system(pages_of(hot), processor, code);
+        // No more than that while the machine stands still.
+        self.before = Before {
+            processor: self.hints.processor.clone(),
+            code: self.hints.code.clone(),
+            hot: std::mem::take(&mut self.hints.hot),
+        };
         self.forget();
         if let Some(recorder) = &mut self.recorder
             && let Err(error) = recorder.start()
@@ -191,13 +198,18 @@ impl Lead {
         };
         let at_once = pages(self.at_once);
         let written = pages(self.written.into_iter().rev().collect());
-        let system = of_the_system(at_once.iter().copied(), &processor, &code);
         let (processor, code) = (pages(processor), pages(code));
+        let system = of_the_system(&at_once, &processor, &code);
+        let before = of_the_system(
+            &pages(self.before.hot),
+            &pages(self.before.processor),
+            &pages(self.before.code),
+        );
         let code_ahead = code.iter().copied().take(CODE_AHEAD).collect();
         let parts = [
             pages(tables),
             system,
-            self.before,
+            before,
             code_ahead,
             in_turns(at_once, processor, code),
             pages(self.later),
@@ -207,7 +219,7 @@ impl Lead {
             .into_iter()
             .chain([written])
             .flatten()
-            .filter(|&page| layout.range().contains(page) && seen.insert(page))
+            .filter(|&page| seen.insert(page))
             .take(PROFILE_PAGES_MAX)
             .collect()
     }
@@ -217,21 +229,18 @@ impl Lead {
 /// falls behind in its work, but not in time: timers come due as early as they did in the VM, when it has done a tenth of the work that
 /// the VM had done by then. So what they need goes ahead of all work. It is little.
 fn of_the_system(
-    seen: impl IntoIterator<Item = PageIndex>,
-    processor: &[PageRange],
-    code: &[PageRange],
+    seen: &[PageIndex],
+    processor: &[PageIndex],
+    code: &[PageIndex],
 ) -> Vec<PageIndex> {
-    let known: HashSet<_> = pages_of(processor).chain(pages_of(code)).collect();
-    let seen = seen.into_iter().filter(|page| known.contains(page));
-    seen.collect()
-}
-
-fn pages_of(ranges: &[PageRange]) -> impl Iterator<Item = PageIndex> {
-    ranges.iter().flat_map(|range| range.pages())
+    let known: HashSet<_> = processor.iter().chain(code).collect();
+    let known = seen.iter().filter(|page| known.contains(page));
+    known.copied().collect()
 }
 
 /// What was seen to be used at once, what the processors point to, and the code that was ever used, in turns. What was seen is what
-/// a clone needs, but no clone runs as its VM did, and what else it needs is among the others.
+/// a clone needs, but no clone runs as its VM did, and what else it needs is among the others. Pages that stand ahead of all this
+/// have their turns too, so that at first nearly all is what was seen.
 fn in_turns(
     seen: Vec<PageIndex>,
     processor: Vec<PageIndex>,
@@ -276,7 +285,7 @@ mod tests {
                 processor: vec![range(0, 4), range(90, 100)],
                 ..Hints::default()
             },
-            before: Vec::new(),
+            before: Before::default(),
             written: vec![range(2, 1), range(5, 2), range(9, 1)],
             at_once: vec![range(8, 1), range(7, 1)],
             later: vec![range(8, 1), range(1, 1), range(6, 1)],
@@ -296,7 +305,11 @@ mod tests {
                 code: vec![range(3, 2)],
                 ..Hints::default()
             },
-            before: [4, 40, 92].map(PageIndex).to_vec(),
+            before: Before {
+                processor: vec![range(4, 1), range(60, 1)],
+                code: vec![range(40, 60)],
+                hot: vec![range(0, 41), range(92, 1)],
+            },
             written: Vec::new(),
             at_once: [50, 31, 51, 4, 9].map(|page| range(page, 1)).to_vec(),
             later: Vec::new(),

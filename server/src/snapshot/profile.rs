@@ -79,6 +79,7 @@ impl SnapshotProfile {
     pub(super) fn session(self: &Arc<Self>) -> Box<dyn Profile> {
         Box::new(SessionProfile {
             shared: Arc::clone(self),
+            led: Mutex::default(),
             demands: Mutex::default(),
             touched: Mutex::default(),
             records: AtomicBool::new(false),
@@ -102,6 +103,8 @@ impl SnapshotProfile {
 
 struct SessionProfile {
     shared: Arc<SnapshotProfile>,
+    /// The pages that lead this session's push: places in demands are among these.
+    led: Mutex<Vec<PageIndex>>,
     demands: Mutex<Vec<Demand>>,
     /// What the destination has recorded.
     touched: Mutex<HashSet<PageIndex>>,
@@ -121,7 +124,9 @@ impl SessionProfile {
 impl Profile for SessionProfile {
     fn lead(&self) -> Vec<PageRange> {
         let mut ranges: Vec<PageRange> = Vec::new();
-        for page in self.shared.pages() {
+        let pages = self.shared.pages();
+        lock(&self.led).clone_from(&pages);
+        for page in pages {
             match ranges.last_mut() {
                 Some(last) if last.end() == page => last.count += 1,
                 _ => ranges.push(PageRange::one(page)),
@@ -149,7 +154,9 @@ impl Profile for SessionProfile {
             return;
         }
         self.records.store(false, Ordering::Relaxed);
-        let pages = surprises_first(pages, &lock(&self.demands), &self.shared.pages());
+        // The fault lane waits for nobody who holds the demands.
+        let demands = lock(&self.demands).clone();
+        let pages = surprises_first(pages, &demands, &lock(&self.led));
         self.learn(&pages, &[]);
         lock(&self.touched).extend(pages);
     }

@@ -26,7 +26,7 @@ const KERNEL_IMAGE: std::ops::Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c0
 /// Larger pages than this are the kernel's view of all memory, whatever they allow, or have physical order by themselves.
 const CODE_PAGE_MAX: u64 = 2 << 20;
 
-/// Most pages that count as the kernel's own because no program has them mapped: 4 MiB. Where there are more of them, they
+/// Most pages that count as the kernel's own because no program has them mapped: 16 MiB. Where there are more of them, they
 /// are a program's whose page tables were not found.
 const KERNEL_PAGES_MAX: usize = 4096;
 

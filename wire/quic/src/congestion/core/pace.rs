@@ -2,8 +2,9 @@
 //!
 //! quinn lets 2 ms worth of the window go at a time, a quarter faster than a window in a round trip (its `pacing.rs`), and what
 //! a timer that comes late has not used is gone. Where timers come 2 ms late, as tokio's do, three quarters of a
-//! window are used, and a start that doubles it each round takes half as long again. So it is counted what should have gone by
-//! now. While that is more than what has, the sender is told a larger window, and makes its bursts larger.
+//! window are used, and a start that doubles it each round takes half as long again. So in the start, while there is room, the sender is told
+//! a larger window than it has, which sets its pace; and it is counted what should have gone by now. While that is more than what has, it is
+//! told a window that is larger still, and makes its bursts larger.
 
 use std::time::Duration;
 
@@ -13,14 +14,15 @@ use super::{Core, Phase};
 const PACE: f64 = 1.25;
 const BURST: Duration = Duration::from_millis(2);
 
-/// The same in the start. It is what Linux's TCP has there (`tcp_pacing_ss_ratio` of `Documentation/networking/ip-sysctl.rst`): each round's
-/// packets leave in half of it, and what acknowledges them lets twice as many leave in half of the next.
+/// The same in the start, between Linux's TCP (2, `tcp_pacing_ss_ratio` of `Documentation/networking/ip-sysctl.rst`) and BBR (2.8): each round's
+/// packets leave in less than half of it, and what acknowledges them lets twice as many leave in as much of the next. So a path that is
+/// nearly full shows by its queue before the window has gone beyond it.
 const PACE_START: f64 = 2.5;
 
 /// The longest that the sender may have been late and makes up for.
 const BEHIND_MAX: Duration = Duration::from_millis(6);
 
-/// The told window in windows. Bursts are so much larger.
+/// So many times larger a window is told to a sender that is behind. Its bursts are so much larger.
 const TOLD: f64 = 2.0;
 
 /// Packets that leave at once, before they are heard of: quinn's most.
