@@ -43,14 +43,6 @@ const LOW_MEMORY: PageRange = PageRange {
     count: 576,
 };
 
-/// A part of [`Hints`].
-#[derive(Default)]
-struct Before {
-    processor: Vec<PageRange>,
-    code: Vec<PageRange>,
-    hot: Vec<PageRange>,
-}
-
 /// See the module.
 pub(super) struct Lead {
     scout: Option<Box<dyn Scout>>,
@@ -59,7 +51,7 @@ pub(super) struct Lead {
     /// What was written up to the pause, the oldest first.
     written: Vec<PageRange>,
     /// What the look behind the first pass showed: what was hot, and of that what is the system's.
-    before: Before,
+    before: Hints,
     /// What was used in the first moments after the pause, and behind those; the oldest first.
     at_once: Vec<PageRange>,
     later: Vec<PageRange>,
@@ -85,7 +77,7 @@ impl Lead {
                 ..Hints::default()
             },
             written: Vec::new(),
-            before: Before::default(),
+            before: Hints::default(),
             at_once: Vec::new(),
             later: Vec::new(),
         }
@@ -119,10 +111,11 @@ impl Lead {
     /// The paused machine runs on next: what it touches from then on is to be seen.
     pub fn runs_on_next(&mut self) {
         // No more than that while the machine stands still.
-        self.before = Before {
+        self.before = Hints {
             processor: self.hints.processor.clone(),
             code: self.hints.code.clone(),
             hot: std::mem::take(&mut self.hints.hot),
+            ..Hints::default()
         };
         self.forget();
         if let Some(recorder) = &mut self.recorder
@@ -285,7 +278,7 @@ mod tests {
                 processor: vec![range(0, 4), range(90, 100)],
                 ..Hints::default()
             },
-            before: Before::default(),
+            before: Hints::default(),
             written: vec![range(2, 1), range(5, 2), range(9, 1)],
             at_once: vec![range(8, 1), range(7, 1)],
             later: vec![range(8, 1), range(1, 1), range(6, 1)],
@@ -305,10 +298,11 @@ mod tests {
                 code: vec![range(3, 2)],
                 ..Hints::default()
             },
-            before: Before {
+            before: Hints {
                 processor: vec![range(4, 1), range(60, 1)],
                 code: vec![range(40, 60)],
                 hot: vec![range(0, 41), range(92, 1)],
+                ..Hints::default()
             },
             written: Vec::new(),
             at_once: [50, 31, 51, 4, 9].map(|page| range(page, 1)).to_vec(),
