@@ -231,14 +231,14 @@ impl Core {
         let age = self.base_age(now);
         self.base.insert(now, rtt, age);
         let within = match self.phase {
-            Phase::Start => self.rtt / 8,
+            Phase::Start => self.rtt / 6,
             _ => self.rtt / 2,
         };
         self.standing.insert(now, rtt, within);
         self.rate.insert(now, bytes as f64, self.rtt);
         self.round.acked += bytes as f64;
         self.round.idle |= app_limited;
-        self.doubt_end_of_start(sent, rtt);
+        self.doubt_end_of_start(sent, bytes, rtt);
         if matches!(self.phase, Phase::Start) {
             self.go_on_starting(now, sent, bytes, app_limited);
         }
@@ -305,8 +305,10 @@ impl Core {
             phase = ?self.phase,
             "round"
         );
+        let more = self.correct_end_of_start(&round, rate);
         match &self.phase {
             Phase::Start if loss > START_LOSS && self.is_dense(&round) => self.end_start(now),
+            Phase::Steady if more => {}
             Phase::Steady => self.steer(now, &round, rate, heavy),
             Phase::Drain { until, shared } if now >= *until => self.end_drain(now, shared.clone()),
             Phase::Share { cubic, since, .. } if now > *since + SHARE_TIME => {

@@ -76,7 +76,7 @@ fn a_sender_whose_timers_are_late_starts_as_fast() {
             share(&rates, &path)
         };
         let punctual = started(0);
-        for (late_us, least) in [(1000, 0.9), (2000, 0.85), (4000, 0.8)] {
+        for (late_us, least) in [(1000, 0.9), (2000, 0.85), (4000, 0.75)] {
             let part = started(late_us) / punctual;
             assert!(part > least, "{mbit_s} Mbit/s, {late_us} us: {part}");
         }
@@ -92,7 +92,7 @@ fn a_sender_that_sleeps_at_the_start_goes_on_with_it() {
         simulation.asleep = (at, at + Duration::from_millis(40));
         simulation.run(Duration::from_millis(1000));
         let rates = simulation.run(Duration::from_millis(400));
-        assert!(share(&rates, &path) > 0.7, "{at_ms} ms: {rates:?}");
+        assert!(share(&rates, &path) > 0.85, "{at_ms} ms: {rates:?}");
     }
 }
 
@@ -115,14 +115,21 @@ fn random_loss_slows_nothing_down() {
 
 #[test]
 fn jitter_is_not_taken_for_a_queue() {
-    let path = Path {
-        jitter: Duration::from_millis(10),
-        ..Path::new(1000.0, 100)
-    };
-    let mut simulation = alone(path);
-    simulation.run(3 * SECOND);
-    let rates = simulation.run(5 * SECOND);
-    assert!(share(&rates, &path) > 0.75, "{rates:?}");
+    // When jitter ends the start is chance, so it is the mean of several paths that counts.
+    let paths = 95..105;
+    for (jitter_ms, least) in [(5, 0.95), (10, 0.75)] {
+        let mut used = 0.0;
+        for rtt_ms in paths.clone() {
+            let path = Path {
+                jitter: Duration::from_millis(jitter_ms),
+                ..Path::new(1000.0, rtt_ms)
+            };
+            let mut simulation = alone(path);
+            simulation.run(3 * SECOND);
+            used += share(&simulation.run(5 * SECOND), &path) / paths.clone().count() as f64;
+        }
+        assert!(used > least, "{jitter_ms} ms: {used}");
+    }
 }
 
 #[test]

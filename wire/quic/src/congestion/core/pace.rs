@@ -31,7 +31,7 @@ const UNHEARD_PACKETS: f64 = 10.0;
 /// How far the sender is behind.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Pace {
-    in_flight: f64,
+    pub(super) in_flight: f64,
     /// Bytes that should have gone, at this time.
     behind: f64,
     at: Duration,

@@ -11,8 +11,14 @@ const START_DELAY_MAX: Duration = Duration::from_millis(8);
 /// Packets of a round before its delay says something.
 const START_PACKETS: f64 = 16.0;
 
+/// A window that is so many times larger than what is in flight is not used, and grows no more.
+const USED: f64 = 4.0;
+
 /// How far the start goes beyond the path: a doubling, and what comes until the queue is seen.
 const START_OVERSHOOT: f64 = 2.5;
+
+/// The path's rate is no more than so many times what is seen of it while there is a queue.
+const DRAINS: f64 = 2.0;
 
 /// A round's share of lost packets that ends the start; the path's own errors may be as many as half of that.
 pub(super) const START_LOSS: f64 = 0.06;
@@ -25,6 +31,11 @@ pub(super) struct EndedStart {
     at: Duration,
     /// The window then.
     window: f64,
+    /// The queue then, in seconds, and the bytes a second that came through it.
+    queue: f64,
+    rate: f64,
+    /// Bytes that were acknowledged since.
+    acked: f64,
 }
 
 impl Core {
@@ -36,8 +47,8 @@ impl Core {
         bytes: u64,
         app_limited: bool,
     ) {
-        let used = self.rate.get() * self.rtt.as_secs_f64();
-        if !app_limited && self.window < (4.0 * used).max(self.window_first) {
+        let used = USED * self.pace.in_flight;
+        if !app_limited && self.window < used.max(self.window_first) {
             self.window += bytes as f64;
         }
         // Few packets far apart are acknowledged late; that is no queue.
@@ -47,25 +58,52 @@ impl Core {
                 sent,
                 at: now,
                 window: self.window,
+                queue: self.queueing().as_secs_f64(),
+                rate: self.rate.get(),
+                acked: 0.0,
             });
             self.end_start(now);
         }
     }
 
-    /// The queue that ended the start grows until the smaller window tells. Where a packet of the larger one met none, it was
-    /// none: a process that gets no processor for some milliseconds, at either end, makes round trips longer too.
-    pub(super) fn doubt_end_of_start(&mut self, sent: Duration, rtt: Duration) {
-        let Some(ended) = self.ended_start else {
+    /// The queue that ended the start grows until the smaller window tells. Where a packet of the larger one met none, and
+    /// what left between them does not give it the time to drain, it was none: a process that gets no processor for some
+    /// milliseconds, at either end, makes round trips longer too.
+    pub(super) fn doubt_end_of_start(&mut self, sent: Duration, bytes: u64, rtt: Duration) {
+        let base = self.base.get().unwrap_or_default();
+        let Some(ended) = &mut self.ended_start else {
             return;
         };
-        let base = self.base.get().unwrap_or_default();
-        if sent >= ended.at || !matches!(self.phase, Phase::Steady) {
+        ended.acked += bytes as f64;
+        let ended = *ended;
+        let of_larger = sent > ended.sent && sent < ended.at;
+        let elapsed = sent.saturating_sub(ended.sent).as_secs_f64();
+        let drains = elapsed - ended.acked / (DRAINS * ended.rate);
+        let is_none = drains < ended.queue;
+        if !matches!(self.phase, Phase::Steady) {
             self.ended_start = None;
-        } else if sent > ended.sent && rtt < base + self.start_delay() / 4 {
+        } else if of_larger && is_none && rtt < base + self.start_delay() / 4 {
             self.ended_start = None;
             self.phase = Phase::Start;
             self.window = self.window.max(ended.window);
         }
+    }
+
+    /// What the path carries of the larger window is more exact than what was known of it when the start ended. Tells whether it
+    /// was more.
+    pub(super) fn correct_end_of_start(&mut self, round: &Round, rate: f64) -> bool {
+        let Some(ended) = self.ended_start else {
+            return false;
+        };
+        if round.began >= ended.at {
+            self.ended_start = None;
+        }
+        let base = self.base.get().unwrap_or_default().as_secs_f64();
+        let carried = (rate * base + self.target()).min(ended.window);
+        let is_more = carried > self.window;
+        self.window = self.window.max(carried);
+        self.round.window = self.window;
+        is_more
     }
 
     pub(super) fn end_start(&mut self, now: Duration) {
