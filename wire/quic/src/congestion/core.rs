@@ -7,7 +7,7 @@ mod start;
 use std::time::Duration;
 
 use self::pace::Pace;
-use self::start::{EndedStart, START_DELAY_MIN, START_LOSS};
+use self::start::{Doubt, EndedStart, START_DELAY_MIN, START_LOSS};
 use super::cubic::Cubic;
 use super::filter::{RecentMin, RecentRate, Rounds};
 
@@ -127,6 +127,9 @@ pub struct Core {
     pace: Pace,
     /// The start's end, until what was sent before it is acknowledged.
     ended_start: Option<EndedStart>,
+    doubt: Doubt,
+    /// When a queue ended the start.
+    started_at: Option<Duration>,
     rtt: Duration,
     /// The path's own round trip.
     base: RecentMin,
@@ -179,6 +182,8 @@ impl Core {
             round: Round::default(),
             pace: Pace::default(),
             ended_start: None,
+            doubt: Doubt::default(),
+            started_at: None,
             rtt: Duration::ZERO,
             base: RecentMin::default(),
             based_at: Duration::ZERO,
@@ -238,7 +243,6 @@ impl Core {
         self.rate.insert(now, bytes as f64, self.rtt);
         self.round.acked += bytes as f64;
         self.round.idle |= app_limited;
-        self.doubt_end_of_start(sent, bytes, rtt);
         if matches!(self.phase, Phase::Start) {
             self.go_on_starting(now, sent, bytes, app_limited);
         }
@@ -305,10 +309,10 @@ impl Core {
             phase = ?self.phase,
             "round"
         );
-        let more = self.correct_end_of_start(&round, rate);
+        let is_corrected = self.correct_end_of_start(&round, rate);
         match &self.phase {
             Phase::Start if loss > START_LOSS && self.is_dense(&round) => self.end_start(now),
-            Phase::Steady if more => {}
+            Phase::Steady if is_corrected => {}
             Phase::Steady => self.steer(now, &round, rate, heavy),
             Phase::Drain { until, shared } if now >= *until => self.end_drain(now, shared.clone()),
             Phase::Share { cubic, since, .. } if now > *since + SHARE_TIME => {
@@ -335,27 +339,31 @@ impl Core {
         if now > self.based_at + BASE_AGE {
             return self.drain(now, None);
         }
-        if round.idle {
+        let queue = standing - base;
+        let is_long = queue > self.target_delay().as_secs_f64() + FLAT_S + CUT_NOISE * self.noise;
+        // A window that was not used says nothing of the path, but it may fill the queue as soon as it is.
+        if round.idle && !is_long {
             return;
         }
         // All of a larger window arrives, and no queue shows: the path is wider than was known.
-        let wider = rate * standing > 0.7 * round.window
-            && (standing - base - self.noise) * rate < target / 2.0;
+        let wider = !round.idle
+            && rate * standing > 0.7 * round.window
+            && (queue - self.noise) * rate < target / 2.0;
         self.open = if wider { self.open + 1 } else { 0 };
         let known = 0.98 * self.rate_most * base - self.window;
-        let after = if known > 0.0 { HASTE_AFTER } else { HASTE_LATE };
+        let soon = known > 0.0 || self.has_just_started(now);
+        let after = if soon { HASTE_AFTER } else { HASTE_LATE };
         let mut room = target * 2_f64.powi(self.open.saturating_sub(after).min(20) as i32);
         if self.open >= HASTE_AFTER {
             room = room.max(known.min(self.window / 4.0));
         }
         let goal = self.window * base / standing.max(1e-9) + room;
         let most = self.rates.max() * self.rtt.as_secs_f64() + 2.0 * room;
-        let most = most.min(2.0 * self.window);
+        let times = if round.idle { 1.0 } else { 2.0 };
+        let most = most.min(times * self.window);
         let window = (self.window + GAIN * (goal - self.window)).min(most);
         let cut = std::mem::replace(&mut self.window, window) - window;
         self.cut_bytes = if cut > 0.0 { self.cut_bytes + cut } else { 0.0 };
-        let queue = standing - base;
-        let is_long = queue > self.target_delay().as_secs_f64() + FLAT_S + CUT_NOISE * self.noise;
         if is_long && self.cut_bytes > CUT_IN_VAIN * self.rates.max() * queue {
             self.drain(now, None);
         }

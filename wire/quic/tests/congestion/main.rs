@@ -5,7 +5,7 @@ mod path;
 use std::time::Duration;
 
 use lazyvm_quic::{Congestion, Rival};
-use path::{Control, Flow, Path, Simulation, Tcp};
+use path::{Control, Flow, Path, Simulation, Stalls, Tcp};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -93,6 +93,26 @@ fn a_sender_that_sleeps_at_the_start_goes_on_with_it() {
         simulation.run(Duration::from_millis(1000));
         let rates = simulation.run(Duration::from_millis(400));
         assert!(share(&rates, &path) > 0.85, "{at_ms} ms: {rates:?}");
+    }
+}
+
+/// A host that lends its processors to others takes them away for some tens of milliseconds again and again.
+#[test]
+fn a_sender_that_stands_still_again_and_again_starts_all_the_same() {
+    let path = Path::new(1000.0, 100);
+    for (stall_ms, least) in [(10, 0.85), (20, 0.8), (30, 0.7)] {
+        let mut used = 0.0;
+        for from_ms in (200..300).step_by(10) {
+            let mut simulation = alone(path);
+            simulation.stalls = Stalls {
+                from: Duration::from_millis(from_ms),
+                every: Duration::from_millis(100),
+                length: Duration::from_millis(stall_ms),
+            };
+            simulation.run(Duration::from_millis(800));
+            used += share(&simulation.run(SECOND), &path) / 10.0;
+        }
+        assert!(used > least, "{stall_ms} ms: {used}");
     }
 }
 

@@ -160,6 +160,24 @@ enum Event {
     Wake { flow: usize },
 }
 
+/// Times in which nothing runs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stalls {
+    pub from: Duration,
+    pub every: Duration,
+    pub length: Duration,
+}
+
+impl Stalls {
+    /// When the one that `at` falls into ends.
+    fn end_of(&self, at: Duration) -> Option<Duration> {
+        let since = at.checked_sub(self.from)?.as_nanos();
+        let into = since.checked_rem(self.every.as_nanos())?;
+        let left = self.length.as_nanos().checked_sub(into)?;
+        (left > 0).then(|| at + Duration::from_nanos(left as u64))
+    }
+}
+
 pub struct Simulation {
     pub path: Path,
     pub now: Duration,
@@ -175,6 +193,8 @@ pub struct Simulation {
     pub late: Duration,
     /// From when to when the senders get no processor.
     pub asleep: (Duration, Duration),
+    /// When they get none, again and again.
+    pub stalls: Stalls,
     /// From when to when acknowledgements that come seem to come at its begin.
     pub misread: (Duration, Duration),
     /// Queueing of each packet that passed since it was last asked for, in seconds.
@@ -196,6 +216,7 @@ impl Simulation {
             jitter: (Duration::ZERO, Duration::ZERO),
             late: Duration::ZERO,
             asleep: (Duration::ZERO, Duration::ZERO),
+            stalls: Stalls::default(),
             misread: (Duration::ZERO, Duration::ZERO),
             queues: Vec::new(),
         }
@@ -220,6 +241,10 @@ impl Simulation {
             let (from, to) = self.asleep;
             if (from..to).contains(&at) {
                 self.push(to, event);
+                continue;
+            }
+            if let Some(end) = self.stalls.end_of(at) {
+                self.push(end, event);
                 continue;
             }
             self.now = at;

@@ -14,28 +14,30 @@ const START_PACKETS: f64 = 16.0;
 /// A window that is so many times larger than what is in flight is not used, and grows no more.
 const USED: f64 = 4.0;
 
+/// Round trips after the start's end in which it may turn out to have ended too early.
+const AGAIN_ROUNDS: u32 = 20;
+
 /// How far the start goes beyond the path: a doubling, and what comes until the queue is seen.
 const START_OVERSHOOT: f64 = 2.5;
-
-/// The path's rate is no more than so many times what is seen of it while there is a queue.
-const DRAINS: f64 = 2.0;
 
 /// A round's share of lost packets that ends the start; the path's own errors may be as many as half of that.
 pub(super) const START_LOSS: f64 = 0.06;
 
-/// A start that was ended by the round trip of one packet.
+/// A start that was ended by a queue.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct EndedStart {
-    /// When that packet left, and when it was acknowledged.
-    sent: Duration,
     at: Duration,
     /// The window then.
     window: f64,
-    /// The queue then, in seconds, and the bytes a second that came through it.
-    queue: f64,
-    rate: f64,
-    /// Bytes that were acknowledged since.
-    acked: f64,
+}
+
+/// Round trips that say nothing of the queue.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Doubt {
+    /// The last packet's round trip.
+    rtt: Duration,
+    /// Those of packets that left before.
+    before: Duration,
 }
 
 impl Core {
@@ -47,45 +49,47 @@ impl Core {
         bytes: u64,
         app_limited: bool,
     ) {
+        let rtt = now.saturating_sub(sent);
+        self.doubt(now, rtt);
+        let delayed = rtt > self.base.get().unwrap_or_default() + self.start_delay();
+        let doubtful = sent < self.doubt.before;
         let used = USED * self.pace.in_flight;
-        if !app_limited && self.window < used.max(self.window_first) {
+        let stays = app_limited || (doubtful && delayed);
+        if !stays && self.window < used.max(self.window_first) {
             self.window += bytes as f64;
         }
         // Few packets far apart are acknowledged late; that is no queue.
         let dense = self.is_dense(&self.round);
-        if dense && self.queueing() > self.start_delay() {
+        if dense && !doubtful && self.queueing() > self.start_delay() {
+            tracing::trace!(
+                at_us = now.as_micros() as u64,
+                queue_us = self.queueing().as_micros() as u64,
+                window = self.window as u64,
+                "the start ends"
+            );
             self.ended_start = Some(EndedStart {
-                sent,
                 at: now,
                 window: self.window,
-                queue: self.queueing().as_secs_f64(),
-                rate: self.rate.get(),
-                acked: 0.0,
             });
+            self.started_at.get_or_insert(now);
             self.end_start(now);
         }
     }
 
-    /// The queue that ended the start grows until the smaller window tells. Where a packet of the larger one met none, and
-    /// what left between them does not give it the time to drain, it was none: a process that gets no processor for some
-    /// milliseconds, at either end, makes round trips longer too.
-    pub(super) fn doubt_end_of_start(&mut self, sent: Duration, bytes: u64, rtt: Duration) {
+    /// Where no queue shows, the window then grows as soon as where the path is known to be wider.
+    pub(super) fn has_just_started(&self, now: Duration) -> bool {
+        self.started_at
+            .is_some_and(|at| now < at + AGAIN_ROUNDS * self.rtt)
+    }
+
+    /// A flow's own queue grows little from packet to packet. Where a round trip is longer by a leap, a process got no processor
+    /// for some milliseconds, at either end, or the path stood still; and what had left before may have met the same.
+    fn doubt(&mut self, now: Duration, rtt: Duration) {
         let base = self.base.get().unwrap_or_default();
-        let Some(ended) = &mut self.ended_start else {
-            return;
-        };
-        ended.acked += bytes as f64;
-        let ended = *ended;
-        let of_larger = sent > ended.sent && sent < ended.at;
-        let elapsed = sent.saturating_sub(ended.sent).as_secs_f64();
-        let drains = elapsed - ended.acked / (DRAINS * ended.rate);
-        let is_none = drains < ended.queue;
-        if !matches!(self.phase, Phase::Steady) {
-            self.ended_start = None;
-        } else if of_larger && is_none && rtt < base + self.start_delay() / 4 {
-            self.ended_start = None;
-            self.phase = Phase::Start;
-            self.window = self.window.max(ended.window);
+        let delay = self.start_delay();
+        let before = std::mem::replace(&mut self.doubt.rtt, rtt);
+        if !before.is_zero() && before < base + delay && rtt > before + delay / 2 {
+            self.doubt.before = now;
         }
     }
 
@@ -95,8 +99,12 @@ impl Core {
         let Some(ended) = self.ended_start else {
             return false;
         };
-        if round.began >= ended.at {
+        let is_steady = matches!(self.phase, Phase::Steady);
+        if round.began >= ended.at || !is_steady {
             self.ended_start = None;
+        }
+        if !is_steady {
+            return false;
         }
         let base = self.base.get().unwrap_or_default().as_secs_f64();
         let carried = (rate * base + self.target()).min(ended.window);
