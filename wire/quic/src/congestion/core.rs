@@ -243,6 +243,7 @@ impl Core {
         self.rate.insert(now, bytes as f64, self.rtt);
         self.round.acked += bytes as f64;
         self.round.idle |= app_limited;
+        self.see_queued(now, sent, bytes);
         if matches!(self.phase, Phase::Start) {
             self.go_on_starting(now, sent, bytes, app_limited);
         }

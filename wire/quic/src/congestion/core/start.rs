@@ -17,6 +17,9 @@ const USED: f64 = 4.0;
 /// Round trips after the start's end in which it may turn out to have ended too early.
 const AGAIN_ROUNDS: u32 = 20;
 
+/// Part of the path's round trip in which queued packets tell the path's rate.
+const TRAIN: u32 = 8;
+
 /// How far the start goes beyond the path: a doubling, and what comes until the queue is seen.
 const START_OVERSHOOT: f64 = 2.5;
 
@@ -27,8 +30,12 @@ pub(super) const START_LOSS: f64 = 0.06;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct EndedStart {
     at: Duration,
+    /// When the packet left that was acknowledged then.
+    sent: Duration,
     /// The window then.
     window: f64,
+    /// Bytes that were acknowledged since, as long as each of them met a queue.
+    queued: Option<f64>,
 }
 
 /// Round trips that say nothing of the queue.
@@ -69,7 +76,9 @@ impl Core {
             );
             self.ended_start = Some(EndedStart {
                 at: now,
+                sent,
                 window: self.window,
+                queued: Some(0.0),
             });
             self.started_at.get_or_insert(now);
             self.end_start(now);
@@ -90,6 +99,30 @@ impl Core {
         let before = std::mem::replace(&mut self.doubt.rtt, rtt);
         if !before.is_zero() && before < base + delay && rtt > before + delay / 2 {
             self.doubt.before = now;
+        }
+    }
+
+    /// As long as there is a queue, packets come at the path's own rate, and tell it better than what was known when the start ended.
+    pub(super) fn see_queued(&mut self, now: Duration, sent: Duration, bytes: u64) {
+        let base = self.base.get().unwrap_or_default();
+        let is_queued = now.saturating_sub(sent) > base + self.start_delay();
+        let Some(ended) = &mut self.ended_start else {
+            return;
+        };
+        ended.queued = ended.queued.filter(|_| is_queued);
+        let Some(queued) = &mut ended.queued else {
+            return;
+        };
+        *queued += bytes as f64;
+        // Late acknowledgements come closer together than the packets left.
+        let elapsed = (now - ended.at).max(sent.saturating_sub(ended.sent));
+        if elapsed >= base / TRAIN {
+            let rate = *queued / elapsed.as_secs_f64();
+            let most = ended.window;
+            self.rates.clear();
+            self.rates.insert(rate);
+            let carried = rate * base.as_secs_f64() + self.target();
+            self.window = self.window.max(carried.min(most));
         }
     }
 
