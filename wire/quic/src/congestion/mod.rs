@@ -10,7 +10,8 @@
 //! | the round trip it sees: the smallest of the last half round trip, so that jitter is no queue | Copa's standing RTT (Arun, Balakrishnan, NSDI 2018) |
 //! | a target that grows more slowly than the rate, so that flows become equal | Swift's flow scaling (Kumar et al., SIGCOMM 2020) |
 //! | the window never far above delivery rate times path delay, whatever the delay says; drained rounds to see the path's own delay again | BBR (Cardwell et al., draft-ietf-ccwg-bbr) |
-//! | the start: doubling until the delay grows by an eighth; then the window follows what the path carried of the larger one | HyStart++ (RFC 9406) |
+//! | the start: doubling until the delay grows by an eighth | HyStart++ (RFC 9406) |
+//! | the path's rate is what comes through the queue that ended the start | own |
 //! | a delay that grows by a leap from one packet to the next is none of the queue: a thread had no processor, or the path stood still | own |
 //! | what the sender's late timers have left is made up for while the start doubles | own |
 //! | faster and faster growth while the queue stays empty and the bytes arrive | Copa's velocity |
