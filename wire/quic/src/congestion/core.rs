@@ -7,7 +7,7 @@ mod start;
 use std::time::Duration;
 
 use self::pace::Pace;
-use self::start::{Doubt, EndedStart, START_DELAY_MIN, START_LOSS};
+use self::start::{Doubt, EndedStart, START_DELAY_MIN, START_LOSS, START_STANDING};
 use super::cubic::Cubic;
 use super::filter::{RecentMin, RecentRate, Rounds};
 
@@ -125,11 +125,11 @@ pub struct Core {
     phase: Phase,
     round: Round,
     pace: Pace,
-    /// The start's end, until what was sent before it is acknowledged.
+    /// The start's end, until what was sent before it has been acknowledged for a round.
     ended_start: Option<EndedStart>,
     doubt: Doubt,
-    /// When a queue ended the start.
-    started_at: Option<Duration>,
+    /// When a queue ended the start. A loss that ends it is no stall's.
+    start_ended_at: Option<Duration>,
     rtt: Duration,
     /// The path's own round trip.
     base: RecentMin,
@@ -183,7 +183,7 @@ impl Core {
             pace: Pace::default(),
             ended_start: None,
             doubt: Doubt::default(),
-            started_at: None,
+            start_ended_at: None,
             rtt: Duration::ZERO,
             base: RecentMin::default(),
             based_at: Duration::ZERO,
@@ -236,14 +236,14 @@ impl Core {
         let age = self.base_age(now);
         self.base.insert(now, rtt, age);
         let within = match self.phase {
-            Phase::Start => self.rtt / 6,
+            Phase::Start => self.rtt / START_STANDING,
             _ => self.rtt / 2,
         };
         self.standing.insert(now, rtt, within);
         self.rate.insert(now, bytes as f64, self.rtt);
         self.round.acked += bytes as f64;
         self.round.idle |= app_limited;
-        self.see_queued(now, sent, bytes);
+        self.see_queued(now, sent, bytes, app_limited);
         if matches!(self.phase, Phase::Start) {
             self.go_on_starting(now, sent, bytes, app_limited);
         }
@@ -255,6 +255,7 @@ impl Core {
     /// `bytes` are taken for lost. `persistent`: nothing at all came through for some round trips.
     pub fn on_loss(&mut self, now: Duration, bytes: u64, persistent: bool) {
         self.round.lost += bytes as f64;
+        self.pace.in_flight = (self.pace.in_flight - bytes as f64).max(0.0);
         if persistent {
             // The path may be another one; what was known of it says nothing any more.
             let window = self.window.min(self.window_first) / 2.0;
@@ -343,7 +344,7 @@ impl Core {
         let queue = standing - base;
         let is_long = queue > self.target_delay().as_secs_f64() + FLAT_S + CUT_NOISE * self.noise;
         // A window that was not used says nothing of the path, but it may fill the queue as soon as it is.
-        if round.idle && !is_long {
+        if round.idle && !(is_long && self.is_dense(round)) {
             return;
         }
         // All of a larger window arrives, and no queue shows: the path is wider than was known.
@@ -352,7 +353,7 @@ impl Core {
             && (queue - self.noise) * rate < target / 2.0;
         self.open = if wider { self.open + 1 } else { 0 };
         let known = 0.98 * self.rate_most * base - self.window;
-        let soon = known > 0.0 || self.has_just_started(now);
+        let soon = known > 0.0 || self.start_has_just_ended(now);
         let after = if soon { HASTE_AFTER } else { HASTE_LATE };
         let mut room = target * 2_f64.powi(self.open.saturating_sub(after).min(20) as i32);
         if self.open >= HASTE_AFTER {
@@ -364,6 +365,9 @@ impl Core {
         let most = most.min(times * self.window);
         let window = (self.window + GAIN * (goal - self.window)).min(most);
         let cut = std::mem::replace(&mut self.window, window) - window;
+        if round.idle {
+            return;
+        }
         self.cut_bytes = if cut > 0.0 { self.cut_bytes + cut } else { 0.0 };
         if is_long && self.cut_bytes > CUT_IN_VAIN * self.rates.max() * queue {
             self.drain(now, None);

@@ -2,11 +2,18 @@
 
 use std::time::Duration;
 
-use super::{Core, Phase, Round};
+use super::{Core, Phase, ROUND_MIN, Round};
 
 /// Queueing that ends the start: an eighth of the round trip within these bounds (HyStart++, RFC 9406, section 4.2).
 pub(super) const START_DELAY_MIN: Duration = Duration::from_millis(2);
 const START_DELAY_MAX: Duration = Duration::from_millis(8);
+
+/// Part of the round trip whose smallest one tells the start's queue: jitter that is drawn anew meanwhile is none, and a start that
+/// goes on for longer goes farther beyond the path.
+pub(super) const START_STANDING: u32 = 6;
+
+/// The longest queue that may be none. Stalls take 20 to 40 ms; on a slow path two packets that are acknowledged at once are a leap too.
+const DOUBT_MAX: Duration = Duration::from_millis(50);
 
 /// Packets of a round before its delay says something.
 const START_PACKETS: f64 = 16.0;
@@ -43,7 +50,7 @@ pub(super) struct EndedStart {
 pub(super) struct Doubt {
     /// The last packet's round trip.
     rtt: Duration,
-    /// Those of packets that left before.
+    /// Packets that left before this are in doubt.
     before: Duration,
 }
 
@@ -58,11 +65,10 @@ impl Core {
     ) {
         let rtt = now.saturating_sub(sent);
         self.doubt(now, rtt);
-        let delayed = rtt > self.base.get().unwrap_or_default() + self.start_delay();
-        let doubtful = sent < self.doubt.before;
-        let used = USED * self.pace.in_flight;
-        let stays = app_limited || (doubtful && delayed);
-        if !stays && self.window < used.max(self.window_first) {
+        let doubtful = sent < self.doubt.before && self.queueing() < DOUBT_MAX;
+        let most = (USED * self.pace.in_flight).max(self.window_first);
+        let stays = app_limited || (doubtful && self.is_queued(rtt));
+        if !stays && self.window < most {
             self.window += bytes as f64;
         }
         // Few packets far apart are acknowledged late; that is no queue.
@@ -74,20 +80,21 @@ impl Core {
                 window = self.window as u64,
                 "the start ends"
             );
+            let window = self.window;
+            self.end_start(now);
+            self.start_ended_at = Some(now);
             self.ended_start = Some(EndedStart {
                 at: now,
                 sent,
-                window: self.window,
+                window,
                 queued: Some(0.0),
             });
-            self.started_at.get_or_insert(now);
-            self.end_start(now);
         }
     }
 
-    /// Where no queue shows, the window then grows as soon as where the path is known to be wider.
-    pub(super) fn has_just_started(&self, now: Duration) -> bool {
-        self.started_at
+    /// The window then need not wait for as many rounds without a queue as later, before it grows fast.
+    pub(super) fn start_has_just_ended(&self, now: Duration) -> bool {
+        self.start_ended_at
             .is_some_and(|at| now < at + AGAIN_ROUNDS * self.rtt)
     }
 
@@ -103,10 +110,17 @@ impl Core {
     }
 
     /// As long as there is a queue, packets come at the path's own rate, and tell it better than what was known when the start ended.
-    pub(super) fn see_queued(&mut self, now: Duration, sent: Duration, bytes: u64) {
+    pub(super) fn see_queued(
+        &mut self,
+        now: Duration,
+        sent: Duration,
+        bytes: u64,
+        app_limited: bool,
+    ) {
+        let is_queued = self.is_queued(now.saturating_sub(sent)) && !app_limited;
         let base = self.base.get().unwrap_or_default();
-        let is_queued = now.saturating_sub(sent) > base + self.start_delay();
-        let Some(ended) = &mut self.ended_start else {
+        let is_steady = matches!(self.phase, Phase::Steady);
+        let Some(ended) = self.ended_start.as_mut().filter(|_| is_steady) else {
             return;
         };
         ended.queued = ended.queued.filter(|_| is_queued);
@@ -115,8 +129,10 @@ impl Core {
         };
         *queued += bytes as f64;
         // Late acknowledgements come closer together than the packets left.
-        let elapsed = (now - ended.at).max(sent.saturating_sub(ended.sent));
-        if elapsed >= base / TRAIN {
+        let elapsed = now
+            .saturating_sub(ended.at)
+            .max(sent.saturating_sub(ended.sent));
+        if elapsed >= (base / TRAIN).max(ROUND_MIN) {
             let rate = *queued / elapsed.as_secs_f64();
             let most = ended.window;
             self.rates.clear();
@@ -124,6 +140,10 @@ impl Core {
             let carried = rate * base.as_secs_f64() + self.target();
             self.window = self.window.max(carried.min(most));
         }
+    }
+
+    fn is_queued(&self, rtt: Duration) -> bool {
+        rtt > self.base.get().unwrap_or_default() + self.start_delay()
     }
 
     /// What the path carries of the larger window is more exact than what was known of it when the start ended. Tells whether it
@@ -143,7 +163,6 @@ impl Core {
         let carried = (rate * base + self.target()).min(ended.window);
         let is_more = carried > self.window;
         self.window = self.window.max(carried);
-        self.round.window = self.window;
         is_more
     }
 
