@@ -343,14 +343,17 @@ impl Core {
         }
         let queue = standing - base;
         let is_long = queue > self.target_delay().as_secs_f64() + FLAT_S + CUT_NOISE * self.noise;
-        // A window that was not used says nothing of the path, but it may fill the queue as soon as it is.
-        if round.idle && !(is_long && self.is_dense(round)) {
+        if round.idle {
+            // A window that was not used says nothing of the path, but it may fill the queue as soon as it is.
+            if is_long && self.is_dense(round) {
+                self.open = 0;
+                self.window = self.next_window(standing, target).min(self.window);
+            }
             return;
         }
         // All of a larger window arrives, and no queue shows: the path is wider than was known.
-        let wider = !round.idle
-            && rate * standing > 0.7 * round.window
-            && (queue - self.noise) * rate < target / 2.0;
+        let wider =
+            rate * standing > 0.7 * round.window && (queue - self.noise) * rate < target / 2.0;
         self.open = if wider { self.open + 1 } else { 0 };
         let known = 0.98 * self.rate_most * base - self.window;
         let soon = known > 0.0 || self.start_has_just_ended(now);
@@ -359,19 +362,20 @@ impl Core {
         if self.open >= HASTE_AFTER {
             room = room.max(known.min(self.window / 4.0));
         }
-        let goal = self.window * base / standing.max(1e-9) + room;
-        let most = self.rates.max() * self.rtt.as_secs_f64() + 2.0 * room;
-        let times = if round.idle { 1.0 } else { 2.0 };
-        let most = most.min(times * self.window);
-        let window = (self.window + GAIN * (goal - self.window)).min(most);
+        let window = self.next_window(standing, room);
         let cut = std::mem::replace(&mut self.window, window) - window;
-        if round.idle {
-            return;
-        }
         self.cut_bytes = if cut > 0.0 { self.cut_bytes + cut } else { 0.0 };
         if is_long && self.cut_bytes > CUT_IN_VAIN * self.rates.max() * queue {
             self.drain(now, None);
         }
+    }
+
+    /// The law, where `standing` is the round trip in seconds, and the queue is to hold `room`.
+    fn next_window(&self, standing: f64, room: f64) -> f64 {
+        let base = self.base.get().unwrap_or_default().as_secs_f64();
+        let goal = self.window * base / standing.max(1e-9) + room;
+        let most = self.rates.max() * self.rtt.as_secs_f64() + 2.0 * room;
+        (self.window + GAIN * (goal - self.window)).min(most.min(2.0 * self.window))
     }
 
     /// What the path has carried counts for as long as its round trip does. A rival takes from the rate, but not from what the

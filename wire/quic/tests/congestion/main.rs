@@ -88,8 +88,11 @@ fn a_sender_that_sleeps_at_the_start_goes_on_with_it() {
     let path = Path::new(1000.0, 100);
     for at_ms in (250..750).step_by(25) {
         let mut simulation = alone(path);
-        let at = Duration::from_millis(at_ms);
-        simulation.asleep = (at, at + Duration::from_millis(40));
+        simulation.stalls = Stalls {
+            from: Duration::from_millis(at_ms),
+            every: Duration::MAX,
+            length: Duration::from_millis(40),
+        };
         simulation.run(Duration::from_millis(1000));
         let rates = simulation.run(Duration::from_millis(400));
         assert!(share(&rates, &path) > 0.85, "{at_ms} ms: {rates:?}");

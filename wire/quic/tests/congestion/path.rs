@@ -191,9 +191,7 @@ pub struct Simulation {
     woken: Vec<bool>,
     /// How late the senders' timers are.
     pub late: Duration,
-    /// From when to when the senders get no processor.
-    pub asleep: (Duration, Duration),
-    /// When they get none, again and again.
+    /// When the senders get no processor.
     pub stalls: Stalls,
     /// From when to when acknowledgements that come seem to come at its begin.
     pub misread: (Duration, Duration),
@@ -215,7 +213,6 @@ impl Simulation {
             last_ack: Duration::ZERO,
             jitter: (Duration::ZERO, Duration::ZERO),
             late: Duration::ZERO,
-            asleep: (Duration::ZERO, Duration::ZERO),
             stalls: Stalls::default(),
             misread: (Duration::ZERO, Duration::ZERO),
             queues: Vec::new(),
@@ -238,11 +235,6 @@ impl Simulation {
                 break;
             }
             self.events.pop();
-            let (from, to) = self.asleep;
-            if (from..to).contains(&at) {
-                self.push(to, event);
-                continue;
-            }
             if let Some(end) = self.stalls.end_of(at) {
                 self.push(end, event);
                 continue;

@@ -72,6 +72,7 @@ impl Core {
     pub(super) fn drain(&mut self, now: Duration, shared: Option<Cubic>) {
         let until = now + 2 * self.standing.get().unwrap_or_default();
         self.phase = Phase::Drain { until, shared };
+        self.ended_start = None;
     }
 
     /// What queue there is now is not this flow's.

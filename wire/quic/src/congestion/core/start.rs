@@ -101,10 +101,9 @@ impl Core {
     /// A flow's own queue grows little from packet to packet. Where a round trip is longer by a leap, a process got no processor
     /// for some milliseconds, at either end, or the path stood still; and what had left before may have met the same.
     fn doubt(&mut self, now: Duration, rtt: Duration) {
-        let base = self.base.get().unwrap_or_default();
-        let delay = self.start_delay();
         let before = std::mem::replace(&mut self.doubt.rtt, rtt);
-        if !before.is_zero() && before < base + delay && rtt > before + delay / 2 {
+        let is_leap = rtt > before + self.start_delay() / 2;
+        if !before.is_zero() && !self.is_queued(before) && is_leap {
             self.doubt.before = now;
         }
     }
@@ -117,28 +116,27 @@ impl Core {
         bytes: u64,
         app_limited: bool,
     ) {
+        let Some(mut ended) = self.ended_start else {
+            return;
+        };
         let is_queued = self.is_queued(now.saturating_sub(sent)) && !app_limited;
+        ended.queued = ended
+            .queued
+            .filter(|_| is_queued)
+            .map(|queued| queued + bytes as f64);
+        self.ended_start = Some(ended);
         let base = self.base.get().unwrap_or_default();
-        let is_steady = matches!(self.phase, Phase::Steady);
-        let Some(ended) = self.ended_start.as_mut().filter(|_| is_steady) else {
-            return;
-        };
-        ended.queued = ended.queued.filter(|_| is_queued);
-        let Some(queued) = &mut ended.queued else {
-            return;
-        };
-        *queued += bytes as f64;
         // Late acknowledgements come closer together than the packets left.
         let elapsed = now
             .saturating_sub(ended.at)
             .max(sent.saturating_sub(ended.sent));
-        if elapsed >= (base / TRAIN).max(ROUND_MIN) {
-            let rate = *queued / elapsed.as_secs_f64();
-            let most = ended.window;
+        if let Some(queued) = ended.queued
+            && elapsed >= (base / TRAIN).max(ROUND_MIN)
+        {
+            let rate = queued / elapsed.as_secs_f64();
             self.rates.clear();
             self.rates.insert(rate);
-            let carried = rate * base.as_secs_f64() + self.target();
-            self.window = self.window.max(carried.min(most));
+            self.follow(rate, ended.window);
         }
     }
 
@@ -152,15 +150,16 @@ impl Core {
         let Some(ended) = self.ended_start else {
             return false;
         };
-        let is_steady = matches!(self.phase, Phase::Steady);
-        if round.began >= ended.at || !is_steady {
+        if round.began >= ended.at {
             self.ended_start = None;
         }
-        if !is_steady {
-            return false;
-        }
+        self.follow(rate, ended.window)
+    }
+
+    /// The window is what fills a path of this rate, if that is more, up to the one that the start ended with. Tells whether it was.
+    fn follow(&mut self, rate: f64, most: f64) -> bool {
         let base = self.base.get().unwrap_or_default().as_secs_f64();
-        let carried = (rate * base + self.target()).min(ended.window);
+        let carried = (rate * base + self.target()).min(most);
         let is_more = carried > self.window;
         self.window = self.window.max(carried);
         is_more
